@@ -1,0 +1,343 @@
+/* SPDX-License-Identifier: MIT */
+/* See manager.h. */
+#include "api/manager.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "base/alloc.h"
+#include "base/error.h"
+#include "base/futex.h"
+#include "debug/inject.h"
+#include "fault/fault.h"
+#include "migrate/staging.h"
+
+#define CALLERS 2       /* threads for explicit migrations */
+#define FAULT_WORKERS 4 /* default */
+#define FAULT_WORKERS_MAX 64
+#define INJECT_PERMILLE 20 /* of HMM_DEBUG=inject without a number */
+
+static struct {
+    pthread_mutex_t lock; /* start, stop, configuration: outermost (RANK_MANAGER); static, so not a struct mutex */
+    uint32_t *alive;      /* on a page that fork wipes: 1 in the process that started the manager */
+    unsigned devices;     /* under lock */
+    uint32_t users;       /* atomic: calls inside */
+    uint32_t running;     /* atomic */
+    struct hmm_config config;
+    char debug[64];
+    bool memory; /* the allocator has chunks */
+    struct mm mm;
+    struct workers callers;
+} manager = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+/* ---- fork ---- */
+
+static bool in_child(void)
+{
+    return manager.alive && __atomic_load_n(manager.alive, __ATOMIC_ACQUIRE) == 0;
+}
+
+int api_enter(void)
+{
+    message_clear();
+    if (in_child())
+        return hmm_fail(-ESRCH,
+                        "this process was forked from one that uses libhmm: its handles are not valid here; open a device");
+    return 0;
+}
+
+/* The child's first device: nothing of the parent's is there any more. */
+static void forget_parent(void)
+{
+    manager.lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    manager.devices = 0;
+    manager.users = 0;
+    manager.running = 0;
+    *manager.alive = 1;
+    devices_forget();
+    pagemap_forget();
+    threads_forget();
+    mem_forget();
+    log_forget();
+    lock_forget();
+    manager.memory = false;
+}
+
+static int make_alive_page(void)
+{
+    void *page;
+    if (manager.alive)
+        return 0;
+    int r = os->map(os_page_size(), os_page_size(), OS_MAP_WIPE, &page);
+    if (r)
+        return hmm_fail(r, "no memory for the manager: %s", hmm_strerror(r));
+    *(uint32_t *)page = 1;
+    manager.alive = page;
+    return 0;
+}
+
+/* ---- configuration ---- */
+
+int hmm_configure(const struct hmm_config *config)
+{
+    int r = api_enter();
+    if (r && r != -ESRCH)
+        return r;
+    if (!config || config->size < sizeof(config->size) || config->size > 4096)
+        return hmm_fail(-EINVAL, "hmm_configure: set config->size to sizeof(struct hmm_config)");
+    struct hmm_config c = {0};
+    memcpy(&c, config, config->size < sizeof(c) ? config->size : sizeof(c));
+    if (c.fault_workers > FAULT_WORKERS_MAX)
+        return hmm_fail(-EINVAL, "hmm_configure: fault_workers %u is more than %d", c.fault_workers, FAULT_WORKERS_MAX);
+    if (c.staging_bytes && (c.staging_bytes < STAGING_MIN || c.staging_bytes > STAGING_MAX))
+        return hmm_fail(-EINVAL, "hmm_configure: staging_bytes %llu is not within 4 MiB and 1 GiB",
+                        (unsigned long long)c.staging_bytes);
+    if (c.debug && strlen(c.debug) >= sizeof(manager.debug))
+        return hmm_fail(-EINVAL, "hmm_configure: debug is longer than %zu characters", sizeof(manager.debug) - 1);
+    pthread_mutex_lock(&manager.lock);
+    if (manager.devices) {
+        pthread_mutex_unlock(&manager.lock);
+        return hmm_fail(-EBUSY, "hmm_configure: a device is open; close it first");
+    }
+    manager.config = c;
+    manager.config.debug = NULL;
+    if (c.debug) {
+        strcpy(manager.debug, c.debug);
+        manager.config.debug = manager.debug;
+    }
+    pthread_mutex_unlock(&manager.lock);
+    return 0;
+}
+
+/* "inject", "inject=PERMILLE", "validate"; others are named and ignored. */
+static void start_debug(void)
+{
+    const char *text = manager.config.debug ? manager.config.debug : getenv("HMM_DEBUG");
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    uint64_t seed = manager.config.seed ? manager.config.seed : (uint64_t)now.tv_nsec ^ (uint64_t)now.tv_sec << 30;
+    const char *seed_text = getenv("HMM_SEED");
+    if (!manager.config.seed && seed_text)
+        seed = strtoull(seed_text, NULL, 0);
+    while (text && *text) {
+        size_t n = strcspn(text, ",");
+        if (n >= 6 && !strncmp(text, "inject", 6)) {
+            unsigned permille = n > 7 && text[6] == '=' ? strtoul(text + 7, NULL, 10) : INJECT_PERMILLE;
+            struct inject_config c = {.seed = seed};
+            for (int k = 0; k < INJECT_KINDS; k++)
+                c.permille[k] = permille;
+            inject_start(&c);
+            hmm_log(HMM_LOG_WARNING, "injection is on: seed %llu (HMM_SEED repeats it), %u per mille", (unsigned long long)seed,
+                    permille);
+        } else if (n != 8 || strncmp(text, "validate", 8)) {
+            hmm_log(HMM_LOG_WARNING, "HMM_DEBUG: '%.*s' is not known (inject[=N], validate): ignored", (int)n, text);
+        }
+        text += n + (text[n] == ',');
+    }
+}
+
+/* ---- start and stop ---- */
+
+static int map_own(size_t bytes, void **out)
+{
+    return os->map(bytes, os_page_size(), 0, out);
+}
+
+static void unmap_own(void *ptr, size_t bytes)
+{
+    os->unmap(ptr, bytes);
+}
+
+static int init_in_root(void *arg)
+{
+    return mm_init(arg);
+}
+
+static int exit_in_root(void *arg)
+{
+    mm_exit(arg);
+    return 0;
+}
+
+/* mm_init runs in the root thread, and its message is that thread's: say again what can be said. */
+static int open_mm(void)
+{
+    int r = threads_call(init_in_root, &manager.mm);
+    if (r == -EPERM)
+        return hmm_fail(r,
+                        "userfaultfd is not permitted: give access to /dev/userfaultfd, set vm.unprivileged_userfaultfd=1, or "
+                        "run with CAP_SYS_PTRACE; `hmm check` says more");
+    if (r == -ENOSYS || r == -EINVAL)
+        return hmm_fail(-ENOSYS,
+                        "this kernel lacks what libhmm needs of userfaultfd (Linux 6.8 or newer); `hmm check` names it");
+    if (r)
+        return hmm_fail(r, "the manager cannot start: %s", hmm_strerror(r));
+    if (manager.mm.uffd.user_mode_only)
+        hmm_log(HMM_LOG_WARNING,
+                "userfaultfd is user-mode-only: system calls on migrated buffers fail with EFAULT; `hmm check` "
+                "names the remedy");
+    return 0;
+}
+
+static int staging_in_root(void *arg)
+{
+    return staging_init(&manager.mm, *(uint64_t *)arg);
+}
+
+static int staging_exit_in_root(void *arg)
+{
+    (void)arg;
+    staging_exit(&manager.mm);
+    return 0;
+}
+
+/* Fences outlive the manager: the program may still wait for them and put them. */
+static void exit_memory(void)
+{
+    if (mem_used() == 0) {
+        mem_exit();
+        manager.memory = false;
+    }
+}
+
+static void report_lock(const char *line)
+{
+    hmm_log(HMM_LOG_ERROR, "bug: %s", line);
+}
+
+static int start(void)
+{
+    static const struct mem_source source = {.map = map_own, .unmap = unmap_own};
+    uint64_t staging_size = manager.config.staging_bytes ? manager.config.staging_bytes : STAGING_DEFAULT;
+    unsigned workers = manager.config.fault_workers ? manager.config.fault_workers : FAULT_WORKERS;
+    lock_report = report_lock;
+    if (!manager.memory) /* fences that the program kept from an earlier time still live there */
+        mem_init(&source);
+    manager.memory = true;
+    start_debug();
+    int r = threads_start();
+    if (r)
+        goto stop_memory;
+    r = open_mm();
+    if (r)
+        goto stop_threads;
+    r = threads_call(staging_in_root, &staging_size);
+    if (r) {
+        hmm_fail(r, "no room for %llu MiB of staging: %s", (unsigned long long)staging_size >> 20, hmm_strerror(r));
+        goto close_mm;
+    }
+    r = fault_start(&manager.mm, workers);
+    if (r)
+        goto stop_staging;
+    r = workers_start(&manager.callers, "hmm-migrate", CALLERS);
+    if (r)
+        goto stop_faults;
+    __atomic_store_n(&manager.running, 1, __ATOMIC_RELEASE);
+    return 0;
+
+stop_faults:
+    fault_stop();
+stop_staging:
+    threads_call(staging_exit_in_root, NULL);
+close_mm:
+    threads_call(exit_in_root, &manager.mm);
+stop_threads:
+    threads_stop();
+stop_memory:
+    inject_stop();
+    exit_memory();
+    return r;
+}
+
+static void stop(void)
+{
+    __atomic_store_n(&manager.running, 0, __ATOMIC_SEQ_CST);
+    for (uint32_t n; (n = __atomic_load_n(&manager.users, __ATOMIC_SEQ_CST)) != 0;)
+        futex_wait(&manager.users, n, -1);
+    workers_stop(&manager.callers);
+    fault_stop();
+    threads_call(staging_exit_in_root, NULL);
+    threads_call(exit_in_root, &manager.mm);
+    threads_stop();
+    inject_stop();
+    exit_memory();
+}
+
+int manager_get(struct mm **mm)
+{
+    if (in_child())
+        forget_parent();
+    int r = make_alive_page();
+    if (r)
+        return r;
+    pthread_mutex_lock(&manager.lock);
+    if (manager.devices == 0)
+        r = start();
+    if (!r)
+        manager.devices++;
+    pthread_mutex_unlock(&manager.lock);
+    *mm = &manager.mm;
+    return r;
+}
+
+void manager_put(void)
+{
+    pthread_mutex_lock(&manager.lock);
+    if (--manager.devices == 0)
+        stop();
+    pthread_mutex_unlock(&manager.lock);
+}
+
+struct mm *manager_use(void)
+{
+    __atomic_fetch_add(&manager.users, 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&manager.running, __ATOMIC_SEQ_CST))
+        return &manager.mm;
+    manager_unuse();
+    hmm_fail(-ENODEV, "no device is open");
+    return NULL;
+}
+
+void manager_unuse(void)
+{
+    __atomic_fetch_sub(&manager.users, 1, __ATOMIC_SEQ_CST);
+    futex_wake(&manager.users, INT_MAX);
+}
+
+/* ---- calls into library threads ---- */
+
+static void run_call(struct work *work, unsigned worker)
+{
+    (void)worker;
+    struct call *c = container_of(work, struct call, work);
+    c->fn(c);
+    __atomic_store_n(&c->done, 1, __ATOMIC_RELEASE);
+    futex_wake(&c->done, INT_MAX);
+}
+
+void manager_start_call(struct call *c)
+{
+    work_init(&c->work, run_call);
+    c->done = 0;
+    workers_queue(&manager.callers, &c->work);
+}
+
+void manager_wait_call(struct call *c)
+{
+    while (!__atomic_load_n(&c->done, __ATOMIC_ACQUIRE))
+        futex_wait(&c->done, 0, -1);
+}
+
+void manager_call(struct call *c)
+{
+    manager_start_call(c);
+    manager_wait_call(c);
+}
+
+unsigned manager_callers(void)
+{
+    return CALLERS;
+}

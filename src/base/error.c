@@ -1,0 +1,267 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * See error.h. `lock` (RANK_LOG, the innermost) protects everything static below. A delivery in progress is a record on the
+ * stack of its thread, stamped with the generation of the callback it runs: hmm_set_log() starts a new generation and waits
+ * until no older one is left. A thread inside a callback does not wait there, so two callbacks that (wrongly) set callbacks do
+ * not wait for each other.
+ *
+ * Messages are formatted by vsnprintf into memory of the thread; for integers, strings and pointers it does not allocate.
+ */
+#include "base/error.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "base/futex.h"
+#include "base/list.h"
+#include "base/lock.h"
+
+#define THREAD_LOCAL static __thread __attribute__((tls_model("initial-exec")))
+#define LINE_BYTES 256
+#define RING_LINES 64
+
+struct line {
+    enum hmm_log_level level;
+    char text[LINE_BYTES];
+};
+
+struct delivery {
+    struct list link;
+    uint64_t generation;
+};
+
+THREAD_LOCAL char message[LINE_BYTES];
+THREAD_LOCAL bool library_thread;
+THREAD_LOCAL bool in_callback;
+
+static struct mutex lock = MUTEX_INITIALIZER(RANK_LOG);
+static hmm_log_fn callback; /* also read without the lock, to skip work */
+static void *callback_arg;
+static uint64_t generation;
+static struct list deliveries = {&deliveries, &deliveries};
+static uint32_t delivered; /* futex: a delivery ended while somebody waited */
+static unsigned delivery_waiters;
+
+static struct line ring[RING_LINES];
+static unsigned ring_first, ring_count;
+static uint64_t ring_lost;
+static bool draining;
+static uint32_t pending; /* futex */
+
+/* ---- error messages ---- */
+
+static void format(char *out, const char *fmt, va_list ap)
+{
+    int n = vsnprintf(out, LINE_BYTES, fmt, ap);
+    if (n >= LINE_BYTES)
+        memcpy(out + LINE_BYTES - 4, "...", 4);
+}
+
+int hmm_fail(int err, const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    format(message, fmt, ap);
+    va_end(ap);
+    return err;
+}
+
+const char *hmm_last_message(void)
+{
+    return message;
+}
+
+void message_clear(void)
+{
+    message[0] = 0;
+}
+
+const char *hmm_strerror(int err)
+{
+    static const struct {
+        int err;
+        const char *text;
+    } texts[] = {
+        {0, "success"},
+        {EPERM, "the system does not permit it (see `hmm check`)"},
+        {ENOENT, "no such thing"},
+        {ESRCH, "the handle belongs to the parent process"},
+        {EINTR, "interrupted"},
+        {EIO, "the device failed to transfer data"},
+        {E2BIG, "too large"},
+        {EBADF, "bad file descriptor"},
+        {EAGAIN, "not ready yet; try again"},
+        {ENOMEM, "out of system memory"},
+        {EACCES, "the mapping's protection forbids the access"},
+        {EFAULT, "nothing is mapped at the address"},
+        {EBUSY, "busy: in use, or the queue is full"},
+        {EEXIST, "exists already"},
+        {ENODEV, "no such device, or the device is closed"},
+        {EINVAL, "invalid argument"},
+        {ENFILE, "too many pagemaps in the process"},
+        {EMFILE, "too many open devices or file descriptors"},
+        {ENOSPC, "no room: out of device memory, or the caller's array is too small"},
+        {EDEADLK, "would deadlock"},
+        {ENOSYS, "not supported by this kernel or this build (see `hmm check`)"},
+        {EOPNOTSUPP, "not supported"},
+        {EPROTO, "the other side broke the protocol"},
+        {EOVERFLOW, "the value does not fit"},
+        {ETIMEDOUT, "ended at its deadline"},
+        {EINPROGRESS, "still running"},
+        {ECANCELED, "cancelled: the device was closed or reset"},
+        {EHWPOISON, "the only copy of the page was lost with its device"},
+    };
+    for (size_t i = 0; i < ARRAY_LEN(texts); i++)
+        if (-texts[i].err == err)
+            return texts[i].text;
+    return "unknown error";
+}
+
+/* ---- delivery ---- */
+
+static void wait_for_deliveries_before(uint64_t limit)
+{
+    for (;;) {
+        bool old = false;
+        list_for_each (pos, &deliveries)
+            old |= container_of(pos, struct delivery, link)->generation < limit;
+        if (!old)
+            return;
+        delivery_waiters++;
+        mutex_wait(&lock, &delivered, delivered);
+        delivery_waiters--;
+    }
+}
+
+void hmm_set_log(hmm_log_fn fn, void *arg)
+{
+    mutex_lock(&lock);
+    __atomic_store_n(&callback, fn, __ATOMIC_RELAXED);
+    callback_arg = arg;
+    uint64_t mine = ++generation;
+    if (!in_callback)
+        wait_for_deliveries_before(mine);
+    mutex_unlock(&lock);
+}
+
+/* Calls the callback, if one is set. */
+static void deliver(enum hmm_log_level level, const char *text)
+{
+    struct delivery d;
+    mutex_lock(&lock);
+    hmm_log_fn fn = callback;
+    void *arg = callback_arg;
+    d.generation = generation;
+    if (fn)
+        list_add_tail(&deliveries, &d.link);
+    mutex_unlock(&lock);
+    if (!fn)
+        return;
+    in_callback = true;
+    fn(level, text, arg);
+    in_callback = false;
+    mutex_lock(&lock);
+    list_del(&d.link);
+    bool wake = delivery_waiters > 0;
+    if (wake)
+        delivered++;
+    mutex_unlock(&lock);
+    if (wake)
+        mutex_wake_all(&delivered);
+}
+
+/* ---- the ring ---- */
+
+/* Queues the line; false when nobody drains. */
+static bool enqueue(enum hmm_log_level level, const char *text)
+{
+    mutex_lock(&lock);
+    bool queue = draining;
+    if (queue && ring_count == RING_LINES) {
+        ring_lost++;
+    } else if (queue) {
+        struct line *l = &ring[(ring_first + ring_count++) % RING_LINES];
+        l->level = level;
+        memcpy(l->text, text, strlen(text) + 1);
+        __atomic_fetch_add(&pending, 1, __ATOMIC_RELEASE);
+    }
+    mutex_unlock(&lock);
+    if (queue)
+        futex_wake(&pending, 1);
+    return queue;
+}
+
+/* Takes the oldest line, or after the last one a note of how many were lost. */
+static bool dequeue(struct line *out)
+{
+    mutex_lock(&lock);
+    bool some = ring_count > 0 || ring_lost > 0;
+    if (ring_count > 0) {
+        *out = ring[ring_first];
+        ring_first = (ring_first + 1) % RING_LINES;
+        ring_count--;
+    } else if (ring_lost > 0) {
+        out->level = HMM_LOG_WARNING;
+        snprintf(out->text, sizeof(out->text), "log: %llu lines were lost here: they came faster than the callback takes them",
+                 (unsigned long long)ring_lost);
+        ring_lost = 0;
+    }
+    mutex_unlock(&lock);
+    return some;
+}
+
+unsigned log_drain(void)
+{
+    struct line l;
+    unsigned n = 0;
+    lock_assert_none();
+    for (; dequeue(&l); n++)
+        deliver(l.level, l.text);
+    return n;
+}
+
+void log_draining(bool on)
+{
+    mutex_lock(&lock);
+    draining = on;
+    mutex_unlock(&lock);
+    if (!on)
+        log_drain();
+}
+
+void log_library_thread(void)
+{
+    library_thread = true;
+}
+
+const uint32_t *log_pending_word(void)
+{
+    return &pending;
+}
+
+void log_forget(void)
+{
+    mutex_init(&lock, RANK_LOG); /* another thread may have held it at fork */
+    list_init(&deliveries);
+    delivery_waiters = 0;
+    ring_first = ring_count = 0;
+    ring_lost = 0;
+    draining = false;
+    library_thread = in_callback = false;
+}
+
+void hmm_log(enum hmm_log_level level, const char *fmt, ...)
+{
+    char text[LINE_BYTES];
+    if (in_callback || !__atomic_load_n(&callback, __ATOMIC_RELAXED))
+        return;
+    va_list ap;
+    va_start(ap, fmt);
+    format(text, fmt, ap);
+    va_end(ap);
+    bool in_the_way = library_thread || (lock_held_ranks() & ~(1u << RANK_MANAGER));
+    if (!in_the_way || !enqueue(level, text))
+        deliver(level, text);
+}

@@ -1,0 +1,99 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The whole-process audit: every structure is valid, every device page has exactly one home, and no page that is away is present in
+ * the CPU page table as the kernel sees it.
+ */
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "inspect/inspect.h"
+
+#define REGIONS 64
+
+struct audit {
+    struct mm *mm;
+    struct audit_report *report;
+    uint64_t entries; /* DEVICE entries seen */
+    bool pending;     /* an event is unread: what the kernel says may be newer than what we know */
+};
+
+static void __attribute__((format(printf, 2, 3))) violation(struct audit *a, const char *fmt, ...)
+{
+    char line[160];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(line, sizeof(line), fmt, ap);
+    va_end(ap);
+    if (a->report->violations++ == 0)
+        strcpy(a->report->first, line);
+    hmm_log(HMM_LOG_ERROR, "audit: %s", line);
+}
+
+static void audit_entry(struct audit *a, const struct block *b, unsigned i)
+{
+    entry_t e = block_entry(b, i);
+    uintptr_t addr = block_addr(b, i);
+    if (entry_kind(e) == ENTRY_DEVICE) {
+        struct pagemap *pm = pagemap_by_id(entry_id(e));
+        a->entries++;
+        if (!pm || entry_page(e) >= pm->desc.pages)
+            violation(a, "entry of %#lx names page %llu of pagemap %u, which is not there", (unsigned long)addr,
+                      (unsigned long long)entry_page(e), entry_id(e));
+        else if (pm->pages[entry_page(e)].owner != addr)
+            violation(a, "device page %llu of %#lx says that it belongs to %#llx", (unsigned long long)entry_page(e),
+                      (unsigned long)addr, (unsigned long long)pm->pages[entry_page(e)].owner);
+        else if (pm->pages[entry_page(e)].refs == 0)
+            violation(a, "device page %llu of %#lx has no reference", (unsigned long long)entry_page(e), (unsigned long)addr);
+    } else if (entry_kind(e) == ENTRY_FLIGHT) {
+        if (entry_id(e) >= a->mm->nflights || a->mm->flights[entry_id(e)]->home[entry_page(e)] != addr)
+            violation(a, "entry of %#lx names flight %u, which has its home elsewhere", (unsigned long)addr, entry_id(e));
+    }
+}
+
+/* Pages that are away are missing for the CPU. */
+static void audit_missing(struct audit *a, const struct block *b)
+{
+    struct os_region v[REGIONS];
+    uintptr_t end = b->base + OS_BLOCK_SIZE;
+    for (uintptr_t at = b->base, walked; at < end && !a->pending;) {
+        int n = os->pagemap_scan(a->mm->pagemap_fd, at, end, v, REGIONS, &walked);
+        for (int k = 0; k < n; k++)
+            for (uintptr_t addr = v[k].start; addr < v[k].end; addr += os_page_size())
+                if (block_entry(b, block_index(addr)) && os->uffd_pending(a->mm->uffd.fd) == 0)
+                    violation(a, "page %#lx is away and present at once", (unsigned long)addr);
+        at = n == REGIONS ? v[n - 1].end : end;
+    }
+}
+
+static void audit_pagemap(struct pagemap *pm, void *arg)
+{
+    struct audit *a = arg;
+    if (!pagemap_is_valid(pm))
+        violation(a, "pagemap %u: allocator, counts and references do not agree", pm->id);
+    a->entries -= pm->used < a->entries ? pm->used : a->entries; /* what is left over has no page */
+}
+
+int inspect_audit(struct mm *mm, void (*each_pagemap)(void (*fn)(struct pagemap *, void *), void *),
+                  struct audit_report *report)
+{
+    struct audit a = {.mm = mm, .report = report};
+    memset(report, 0, sizeof(*report));
+    rwlock_write_lock(&mm->as);
+    a.pending = os->uffd_pending(mm->uffd.fd) != 0;
+    for (struct block *b = pagetable_next(&mm->pt, 0, UINTPTR_MAX); b;
+         b = pagetable_next(&mm->pt, b->base + OS_BLOCK_SIZE, UINTPTR_MAX)) {
+        if (!block_is_valid(b))
+            violation(&a, "block %#lx: counts do not match its entries", (unsigned long)b->base);
+        for (unsigned i = 0; i < block_pages(); i++)
+            audit_entry(&a, b, i);
+        audit_missing(&a, b);
+    }
+    if (!notifier_tree_is_valid(&mm->notifiers))
+        violation(&a, "the notifier tree is not valid");
+    each_pagemap(audit_pagemap, &a);
+    if (a.entries)
+        violation(&a, "%llu entries name device pages that no pagemap counts", (unsigned long long)a.entries);
+    rwlock_write_unlock(&mm->as);
+    return report->violations;
+}

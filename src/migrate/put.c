@@ -1,0 +1,226 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Putting pages into the program's memory: the last step of every way home, and of every roll-back.
+ *
+ * Each run is put under the shared address-space lock and its block's lock, with its homes read in the same hold. Nothing is
+ * given up: a run whose put must wait for an event keeps its entry and its source until it is done or dropped.
+ */
+#include <errno.h>
+#include <string.h>
+
+#include "debug/inject.h"
+#include "migrate/migrate.h"
+
+/* Longest hold of the shared lock for copies: the reader waits for us. MOVE is quick and takes whole blocks. */
+#define COPY_PAGES 32
+
+static size_t page_bytes(uint64_t pages)
+{
+    return pages << os_page_shift();
+}
+
+static const char *source_of(const struct flight *f, struct put_source src, unsigned i)
+{
+    return src.slot ? src.slot + page_bytes(i) : src.cpu_map + page_bytes(f->page[i]);
+}
+
+/* Pages from i on that follow each other at home, within one block, and in the source. */
+static unsigned run_length(const struct flight *f, struct put_source src, unsigned i, unsigned max)
+{
+    unsigned n = 1;
+    while (n < max && i + n < f->end && f->how[i + n] == FLIGHT_COPY && f->home[i + n] == f->home[i] + page_bytes(n) &&
+           (f->home[i + n] & ~BLOCK_MASK) != 0 && (src.slot || f->page[i + n] == f->page[i] + n))
+        n++;
+    return n;
+}
+
+/* The result of an incomplete MOVE is not believed: what is no longer in the slot has arrived. */
+static unsigned gone_from_slot(struct mm *mm, uintptr_t slot, unsigned n)
+{
+    struct os_region v;
+    uintptr_t walked;
+    int r = os->pagemap_scan(mm->pagemap_fd, slot, slot + page_bytes(n), &v, 1, &walked);
+    if (r < 0)
+        return 0;
+    return r == 0 ? n : (v.start - slot) >> os_page_shift();
+}
+
+/* One try: pages put from the start of the run (> 0) or an error about its first page. */
+static int try_run(struct mm *mm, struct flight *f, const char *from, bool may_move, unsigned i, unsigned n, bool *moved)
+{
+    *moved = false;
+    if (may_move) {
+        int64_t r = os->uffd_move(mm->uffd.fd, f->home[i], (uintptr_t)from, page_bytes(n));
+        unsigned k = r == (int64_t)page_bytes(n) ? n : gone_from_slot(mm, (uintptr_t)from, n);
+        *moved = k > 0;
+        if (k > 0)
+            return k;
+        if (r == -EAGAIN || r == -ENOMEM)
+            return r;
+    }
+    unsigned max = n < COPY_PAGES ? n : COPY_PAGES;
+    int64_t r = os->uffd_copy(mm->uffd.fd, f->home[i], from, page_bytes(max));
+    return r > 0 ? (int)(r >> os_page_shift()) : (int)r;
+}
+
+/* Pages of the run that lie in the first one's mapping: the kernel takes no range that spans two. */
+static unsigned within_mapping(struct mm *mm, uintptr_t home, unsigned n)
+{
+    struct os_vma vma;
+    if (os->vma_query(mm->maps_fd, home, &vma) || vma.start > home)
+        return 1;
+    uintptr_t pages = (vma.end - home) >> os_page_shift();
+    return pages < n ? pages : n;
+}
+
+/* Caller holds mm->as shared and the block lock. */
+static int put_run(struct mm *mm, struct flight *f, struct put_source src, unsigned i, unsigned n, bool *moved)
+{
+    const char *from = source_of(f, src, i);
+    int r = try_run(mm, f, from, src.slot != NULL, i, n, moved);
+    if (r > 0 || r == -EAGAIN || r == -ENOMEM || r == -EEXIST)
+        return r;
+    return try_run(mm, f, from, src.slot != NULL, i, within_mapping(mm, f->home[i], n), moved);
+}
+
+static void clear_run(struct flight *f, struct block *b, unsigned i, unsigned n)
+{
+    for (unsigned k = i; k < i + n; k++) {
+        block_set(b, block_index(f->home[k]), 0);
+        f->how[k] = FLIGHT_DONE;
+    }
+}
+
+/* What to do about a run that the kernel refused: 0 try again, else give up for now. */
+static int refused(struct mm *mm, struct flight *f, struct block *b, unsigned i, int err)
+{
+    uintptr_t home = f->home[i];
+    if (err == -EEXIST) {
+        /* Only a mapping that we were not told about can have a page here; what the program wrote there is newer. */
+        hmm_log(HMM_LOG_WARNING, "page %#lx was filled by somebody else while it was away: its newer content stays",
+                (unsigned long)home);
+        clear_run(f, b, i, 1);
+        return 0;
+    }
+    if (err == -EAGAIN || err == -ENOMEM)
+        return err;
+    struct os_vma vma;
+    if (os->vma_query(mm->maps_fd, home, &vma) || vma.start > home) {
+        if (os->uffd_pending(mm->uffd.fd) != 0)
+            return -EAGAIN;
+        hmm_log(HMM_LOG_WARNING, "page %#lx was unmapped without an event: dropped", (unsigned long)home);
+        clear_run(f, b, i, 1);
+        stat_add(&mm->stats.dropped, 1);
+        return 0;
+    }
+    /* The registration is gone (another userfaultfd, an unregistering call): take it again. */
+    return os->uffd_register(mm->uffd.fd, home, os_page_size()) ? -EAGAIN : 0;
+}
+
+/* One run, from page i: how many pages are settled, or an error. */
+static int put_step(struct mm *mm, struct flight *f, struct put_source src, unsigned i)
+{
+    int r = 1;
+    rwlock_read_lock(&mm->as);
+    if (f->home[i] == 0) {
+        f->how[i] = FLIGHT_DONE;
+        goto unlock;
+    }
+    struct block *b = pagetable_find(&mm->pt, f->home[i]);
+    mutex_lock(&b->lock);
+    unsigned n = run_length(f, src, i, f->end - i);
+    bool moved;
+    r = put_run(mm, f, src, i, n, &moved);
+    if (r > 0) {
+        clear_run(f, b, i, r);
+        if (moved && f->huge && (unsigned)r == block_pages())
+            stat_add(&mm->stats.huge_to_system, 1);
+    } else {
+        r = refused(mm, f, b, i, r);
+    }
+    mutex_unlock(&b->lock);
+unlock:
+    rwlock_read_unlock(&mm->as);
+    return r;
+}
+
+int put_home(struct mm *mm, struct flight *f, struct put_source src, bool blockable)
+{
+    unsigned attempt = 0;
+    for (unsigned i = f->first; i < f->end;) {
+        if (f->how[i] != FLIGHT_COPY) {
+            i++;
+            continue;
+        }
+        int r = put_step(mm, f, src, i);
+        if (r == -EAGAIN && blockable)
+            mm_backoff(mm, attempt++);
+        else if (r < 0)
+            return r;
+        else
+            i += r;
+    }
+    return 0;
+}
+
+void restore_entries(struct mm *mm, struct flight *f)
+{
+    rwlock_read_lock(&mm->as);
+    for (unsigned i = f->first; i < f->end; i++) {
+        if (f->how[i] != FLIGHT_COPY)
+            continue;
+        struct block *b = f->home[i] ? pagetable_find(&mm->pt, f->home[i]) : NULL;
+        f->how[i] = FLIGHT_DONE;
+        if (!b)
+            continue;
+        mutex_lock(&b->lock);
+        block_set(b, block_index(f->home[i]), entry_make(ENTRY_DEVICE, f->dev->pagemap->id, f->page[i]));
+        f->dev->pagemap->pages[f->page[i]].owner = f->home[i];
+        mutex_unlock(&b->lock);
+        f->how[i] = FLIGHT_EMPTY;
+    }
+    rwlock_read_unlock(&mm->as);
+}
+
+void clear_entries(struct mm *mm, struct flight *f)
+{
+    rwlock_read_lock(&mm->as);
+    for (unsigned i = f->first; i < f->end; i++) {
+        if (f->how[i] != FLIGHT_CLEAR)
+            continue;
+        struct block *b = f->home[i] ? pagetable_find(&mm->pt, f->home[i]) : NULL;
+        if (b) {
+            mutex_lock(&b->lock);
+            block_set(b, block_index(f->home[i]), 0);
+            mutex_unlock(&b->lock);
+        }
+        f->how[i] = FLIGHT_DONE;
+    }
+    rwlock_read_unlock(&mm->as);
+}
+
+void free_done(struct flight *f)
+{
+    for (unsigned i = f->first, n; i < f->end; i += n) {
+        n = 1;
+        if (f->how[i] != FLIGHT_DONE)
+            continue;
+        f->how[i] = FLIGHT_EMPTY;
+        while (i + n < f->end && f->how[i + n] == FLIGHT_DONE && f->page[i + n] == f->page[i] + n)
+            f->how[i + n++] = FLIGHT_EMPTY;
+        for (unsigned k = 0; k < n; k++)
+            f->dev->pagemap->pages[f->page[i] + k].owner = 0;
+        pagemap_put(f->dev->pagemap, f->page[i], n);
+    }
+}
+
+void wake_homes(struct mm *mm, struct flight *f)
+{
+    if (!mutate("wake")) {
+        os->uffd_wake(mm->uffd.fd, f->base + page_bytes(f->first), page_bytes(f->end - f->first));
+        for (unsigned i = f->first; i < f->end; i++)
+            if (f->home[i] && f->home[i] != f->base + page_bytes(i))
+                os->uffd_wake(mm->uffd.fd, f->home[i], os_page_size());
+    }
+    flight_landed(mm);
+}

@@ -1,0 +1,119 @@
+/* SPDX-License-Identifier: MIT */
+/* See mirror.h. */
+#include "mirror/mirror.h"
+
+#include <errno.h>
+#include <string.h>
+
+#include "migrate/migrate.h"
+#include "policy/policy.h"
+#include "reclaim/reclaim.h"
+
+/* What the CPU may do at addr, the device may do. 0: memory that can migrate; 1: it can be reached, but stays. */
+static int check_access(struct mm *mm, uintptr_t addr, unsigned flags, struct os_vma *vma)
+{
+    if (os->vma_query(mm->maps_fd, addr, vma) || vma->start > addr)
+        return -EFAULT;
+    if (!vma->read || (flags & HMM_FAULT_WRITE && !vma->write))
+        return -EACCES;
+    return vma->anonymous && !vma->shared && vma->write && !vma->exec && !vma->stack && !vma->special ? 0 : 1;
+}
+
+static unsigned pages_on_device(struct mm *mm, uintptr_t addr)
+{
+    struct block *b = pagetable_find(&mm->pt, addr);
+    if (!b)
+        return 0;
+    mutex_lock(&b->lock);
+    unsigned n = b->on_device;
+    mutex_unlock(&b->lock);
+    return n;
+}
+
+static bool is_on(struct hmm_device *dev, entry_t e)
+{
+    return entry_kind(e) == ENTRY_DEVICE && entry_id(e) == dev->pagemap->id;
+}
+
+static bool maps_huge(struct mm *mm, uintptr_t addr)
+{
+    struct os_region v;
+    uintptr_t base = addr & BLOCK_MASK, walked;
+    return os->pagemap_scan(mm->pagemap_fd, base, base + OS_BLOCK_SIZE, &v, 1, &walked) == 1 && v.flags & OS_PG_HUGE;
+}
+
+/* The neighbours to bring along, clipped to the mapping. True: the page is there already. */
+static bool choose_window(struct hmm_device *dev, uintptr_t addr, const struct os_vma *vma, struct window *w)
+{
+    struct mm *mm = dev->mm;
+    struct policy_device_fault in = {
+        .pages = block_pages(),
+        .page = block_index(addr),
+        .device_pages = dev->pagemap->desc.pages,
+    };
+    bool there = false;
+    rwlock_read_lock(&mm->as);
+    struct block *b = pagetable_find(&mm->pt, addr);
+    if (b) {
+        mutex_lock(&b->lock);
+        there = is_on(dev, block_entry(b, in.page));
+        in.on_device = b->on_device;
+        lru_touch(mm, b);
+        mutex_unlock(&b->lock);
+    }
+    if (addr > OS_BLOCK_SIZE)
+        in.previous = pages_on_device(mm, addr - OS_BLOCK_SIZE);
+    rwlock_read_unlock(&mm->as);
+    in.huge = in.on_device == 0 && maps_huge(mm, addr);
+    struct policy_range r = policy_device_fault(&in);
+    uintptr_t base = addr & BLOCK_MASK;
+    w->start = base + ((uintptr_t)r.first << os_page_shift());
+    w->end = base + ((uintptr_t)r.end << os_page_shift());
+    if (w->start < vma->start)
+        w->start = vma->start;
+    if (w->end > vma->end)
+        w->end = vma->end;
+    return there;
+}
+
+int mirror_device_fault(struct hmm_device *dev, uintptr_t addr, unsigned flags)
+{
+    struct os_vma vma;
+    struct window w;
+    addr &= ~(uintptr_t)(os_page_size() - 1);
+    stat_add(&dev->mm->stats.device_faults, 1);
+    int r = check_access(dev->mm, addr, flags, &vma);
+    if (r)
+        return r;
+    if (choose_window(dev, addr, &vma, &w))
+        return 0;
+    struct hmm_migrate_result res = {0};
+    r = reclaim_migrate_to_device(dev->mm, dev, w.start, w.end, &res);
+    if (r == -ENOMEM || r == -EINTR)
+        return 1; /* the bus needs no memory */
+    if (r)
+        return r;
+    uint64_t pfn;
+    mirror_snapshot(dev, addr, addr + os_page_size(), &pfn);
+    return pfn ? 0 : 1;
+}
+
+int mirror_snapshot(struct hmm_device *dev, uintptr_t start, uintptr_t end, uint64_t *pfns)
+{
+    struct mm *mm = dev->mm;
+    unsigned n = (end - start) >> os_page_shift();
+    memset(pfns, 0, n * sizeof(*pfns));
+    rwlock_read_lock(&mm->as);
+    struct block *b = pagetable_find(&mm->pt, start);
+    if (b) {
+        mutex_lock(&b->lock);
+        for (unsigned i = 0; i < n && b->on_device; i++) {
+            entry_t e = block_entry(b, block_index(start) + i);
+            if (is_on(dev, e))
+                pfns[i] = HMM_PFN_VALID | HMM_PFN_WRITE | entry_page(e);
+        }
+        mutex_unlock(&b->lock);
+    }
+    rwlock_read_unlock(&mm->as);
+    return 0;
+}

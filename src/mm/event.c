@@ -1,0 +1,275 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Reading userfaultfd messages and applying events (fs/userfaultfd.c of the kernel: userfaultfd_unmap_complete, _remove,
+ * mremap_userfaultfd_complete).
+ *
+ * All of it happens under the exclusive address-space lock: the thread that called munmap or madvise goes on as soon as its
+ * event is *read*, so nothing may look at entries between the read and the end of the application. The gate is odd meanwhile,
+ * for devices that translate without the lock.
+ */
+#include "mm/event.h"
+
+#include "debug/inject.h"
+
+#define MESSAGES 64
+#define DISCARD_TRIES 4
+
+/* Takes the entry away; device pages go to the batch. */
+static void drop_page(struct mm *mm, struct block *b, unsigned i, struct limbo *l)
+{
+    entry_t e = block_entry(b, i);
+    if (entry_kind(e) == ENTRY_DEVICE)
+        chain_add(&l->chain, entry_id(e), entry_page(e));
+    else if (entry_kind(e) == ENTRY_FLIGHT && !mutate("event-drop-flight"))
+        mm->flights[entry_id(e)]->home[entry_page(e)] = 0;
+    if (e) {
+        block_set(b, i, 0);
+        stat_add(&mm->stats.dropped, 1);
+    }
+}
+
+/* First page index of [start, end) in the block, and behind its last. */
+static unsigned first_index(const struct block *b, uintptr_t start)
+{
+    return start <= b->base ? 0 : block_index(start);
+}
+
+static unsigned end_index(const struct block *b, uintptr_t end)
+{
+    return end >= b->base + OS_BLOCK_SIZE ? block_pages() : block_index(end);
+}
+
+/* The first armed run of the block within [start, end), from *at on; false: none. */
+static bool armed_part(const struct block *b, uintptr_t start, uintptr_t end, uintptr_t *at, uintptr_t *part_end)
+{
+    if (*at >= end || *at >= b->base + OS_BLOCK_SIZE)
+        return false;
+    unsigned i = first_index(b, *at > start ? *at : start), n = block_armed_run(b, &i);
+    uintptr_t stop = block_addr(b, i + n);
+    *at = block_addr(b, i);
+    *part_end = stop < end ? stop : end;
+    return n && *at < end;
+}
+
+static void unarm(struct block *b, uintptr_t start, uintptr_t end)
+{
+    unsigned i = first_index(b, start);
+    block_arm(b, i, end_index(b, end) - i, false);
+}
+
+static void drop_range(struct mm *mm, uintptr_t start, uintptr_t end, enum hmm_event_type type, bool unmapped)
+{
+    struct limbo *l = limbo_filling(mm);
+    bool any = false;
+    if (!mutate("event-mark"))
+        limbo_mark(mm, l, start, end, type);
+    for (struct block *b = pagetable_next(&mm->pt, start, end); b; b = pagetable_next(&mm->pt, b->base + OS_BLOCK_SIZE, end)) {
+        for (unsigned i = first_index(b, start); i < end_index(b, end) && b->used; i++)
+            drop_page(mm, b, i, l);
+        if (unmapped)
+            unarm(b, start, end);
+        any = true;
+    }
+    if (any)
+        limbo_prune(l, start, end);
+    limbo_publish(mm, l);
+}
+
+/* A remap onto this range was read before its unmap: that unmap belongs to the old mapping and must not hurt the new one.
+ * Returns false when [*start, *end) is used up; may call mm_event_unmap for a part to the right. */
+static bool pay_owed(struct mm *mm, uintptr_t *start, uintptr_t *end)
+{
+    for (unsigned i = 0; i < OWED_MAX; i++) {
+        uintptr_t os_ = mm->owed[i].start, oe = mm->owed[i].end;
+        if (os_ == oe || oe <= *start || os_ >= *end)
+            continue;
+        uintptr_t from = os_ > *start ? os_ : *start, to = oe < *end ? oe : *end;
+        mm->owed[i].end = from; /* what is left of the debt: at most two parts */
+        if (to < oe && os_ == from)
+            mm->owed[i].start = to, mm->owed[i].end = oe;
+        else if (to < oe)
+            for (unsigned k = 0; k < OWED_MAX; k++)
+                if (mm->owed[k].start == mm->owed[k].end) {
+                    mm->owed[k].start = to, mm->owed[k].end = oe;
+                    break;
+                }
+        if (to < *end)
+            mm_event_unmap(mm, to, *end);
+        *end = from;
+        return pay_owed(mm, start, end) && *start < *end;
+    }
+    return *start < *end;
+}
+
+void mm_event_unmap(struct mm *mm, uintptr_t start, uintptr_t end)
+{
+    lock_assert_held(RANK_AS);
+    if (mutate("owed-unmap") || pay_owed(mm, &start, &end))
+        drop_range(mm, start, end, HMM_EVENT_UNMAP, true);
+}
+
+/* One pass over [start, end), inside one block: moves every present run to the discard area and frees it. Returns the number of
+ * runs that were present. */
+static unsigned discard_pass(struct mm *mm, uintptr_t start, uintptr_t end)
+{
+    struct os_region v[32];
+    unsigned present = 0;
+    for (uintptr_t at = start, walked; at < end;) {
+        int n = os->pagemap_scan(mm->pagemap_fd, at, end, v, ARRAY_LEN(v), &walked);
+        for (int i = 0; i < n; i++) {
+            uintptr_t to = (uintptr_t)mm->discard + (v[i].start & (OS_BLOCK_SIZE - 1));
+            os->uffd_move(mm->discard_uffd.fd, to, v[i].start, v[i].end - v[i].start);
+            present++;
+        }
+        at = n == (int)ARRAY_LEN(v) ? v[n - 1].end : end;
+    }
+    if (present)
+        os->advise(mm->discard, OS_BLOCK_SIZE, OS_ADVISE_DONTNEED);
+    return present;
+}
+
+/* Takes what is present in managed memory out of the CPU page table: the caller of madvise will zap it only after we have let go of the lock, and a
+ * migration in between would save it from the zap (design fact 5). The result of MOVE is not believed, but looked at again; pages
+ * that do not move (pinned, locked) cannot be migrated either. */
+static void discard(struct mm *mm, uintptr_t start, uintptr_t end)
+{
+    for (unsigned tries = 0; tries < DISCARD_TRIES && discard_pass(mm, start, end); tries++)
+        ;
+}
+
+/* Only what is still managed is discarded: where the registration ended after the event was sent, the caller may be back already and
+ * have written again. */
+void mm_event_remove(struct mm *mm, uintptr_t start, uintptr_t end)
+{
+    lock_assert_held(RANK_AS);
+    drop_range(mm, start, end, HMM_EVENT_CLEAR, false);
+    if (mutate("discard"))
+        return;
+    for (struct block *b = pagetable_next(&mm->pt, start, end); b; b = pagetable_next(&mm->pt, b->base + OS_BLOCK_SIZE, end)) {
+        if (b->unproved) {
+            discard(mm, block_addr(b, first_index(b, start)), block_addr(b, end_index(b, end)));
+            continue;
+        }
+        for (uintptr_t at = start, to; armed_part(b, start, end, &at, &to); at = to)
+            discard(mm, at, to);
+    }
+}
+
+static void owe_unmap(struct mm *mm, uintptr_t start, uintptr_t end)
+{
+    for (unsigned i = 0; i < OWED_MAX; i++)
+        if (mm->owed[i].start == mm->owed[i].end) {
+            mm->owed[i].start = start;
+            mm->owed[i].end = end;
+            return;
+        }
+    hmm_log(HMM_LOG_ERROR, "more than %d unmaps overtaken by remaps: pages of [%#lx, %#lx) may be dropped", OWED_MAX,
+            (unsigned long)start, (unsigned long)end);
+}
+
+/* Whatever is armed at the target of a remap belongs to a mapping whose unmap we have not read yet. */
+static void clear_target(struct mm *mm, uintptr_t start, uintptr_t end)
+{
+    for (struct block *b = pagetable_next(&mm->pt, start, end); b; b = pagetable_next(&mm->pt, b->base + OS_BLOCK_SIZE, end)) {
+        for (uintptr_t at = start, to; armed_part(b, start, end, &at, &to); at = to)
+            owe_unmap(mm, at, to);
+    }
+    drop_range(mm, start, end, HMM_EVENT_UNMAP, true);
+}
+
+static void move_page(struct mm *mm, struct block *b, unsigned i, uintptr_t to)
+{
+    entry_t e = block_entry(b, i);
+    struct block *d;
+    while (!(d = pagetable_get(&mm->pt, to)))
+        os_sleep(1000000); /* an event cannot be refused; see block_reserve_must */
+    block_reserve_must(&mm->pt, d, 1);
+    block_set(b, i, 0);
+    block_set(d, block_index(to), e);
+    if (entry_kind(e) == ENTRY_DEVICE) {
+        pagemap_by_id(entry_id(e))->pages[entry_page(e)].owner = to;
+        lru_touch(mm, d);
+    } else if (entry_kind(e) == ENTRY_FLIGHT) {
+        mm->flights[entry_id(e)]->home[entry_page(e)] = to;
+    }
+}
+
+static void arm_target(struct mm *mm, uintptr_t start, uintptr_t end)
+{
+    for (uintptr_t at = start, part_end; at < end; at = part_end) {
+        part_end = (at | ~BLOCK_MASK) + 1 < end ? (at | ~BLOCK_MASK) + 1 : end;
+        struct block *b = pagetable_get(&mm->pt, at);
+        if (b)
+            block_arm(b, block_index(at), (part_end - at) >> os_page_shift(), true);
+    }
+}
+
+/* The part of a block's pages and armed range that lies in [from, from+len) goes to the target. */
+static void move_block(struct mm *mm, struct block *b, uintptr_t from, uintptr_t to, size_t len)
+{
+    for (uintptr_t at = from, part_end; armed_part(b, from, from + len, &at, &part_end); at = part_end)
+        arm_target(mm, at - from + to, part_end - from + to);
+    for (unsigned i = first_index(b, from); i < end_index(b, from + len) && b->used; i++)
+        if (block_entry(b, i))
+            move_page(mm, b, i, block_addr(b, i) - from + to);
+    unarm(b, from, from + len);
+}
+
+void mm_event_remap(struct mm *mm, uintptr_t from, uintptr_t to, size_t len)
+{
+    lock_assert_held(RANK_AS);
+    uintptr_t end = from + len;
+    clear_target(mm, to, to + len);
+    struct limbo *l = limbo_filling(mm);
+    limbo_mark(mm, l, from, end, HMM_EVENT_UNMAP);
+    l->remaps++;
+    __atomic_fetch_add(&mm->remaps_pending, 1, __ATOMIC_SEQ_CST);
+    for (struct block *b = pagetable_next(&mm->pt, from, end); b; b = pagetable_next(&mm->pt, b->base + OS_BLOCK_SIZE, end))
+        move_block(mm, b, from, to, len);
+    limbo_prune(l, from, end);
+    limbo_publish(mm, l);
+}
+
+static void apply(struct mm *mm, const struct uffd_msg *m)
+{
+    switch (m->event) {
+    case UFFD_EVENT_UNMAP:
+        stat_add(&mm->stats.events_unmap, 1);
+        mm_event_unmap(mm, m->arg.remove.start, m->arg.remove.end);
+        break;
+    case UFFD_EVENT_REMOVE:
+        stat_add(&mm->stats.events_remove, 1);
+        mm_event_remove(mm, m->arg.remove.start, m->arg.remove.end);
+        break;
+    case UFFD_EVENT_REMAP:
+        stat_add(&mm->stats.events_remap, 1);
+        mm_event_remap(mm, m->arg.remap.from, m->arg.remap.to, m->arg.remap.len);
+        break;
+    default: hmm_log(HMM_LOG_ERROR, "userfaultfd event %d is not known: ignored", m->event);
+    }
+}
+
+unsigned mm_read_events(struct mm *mm, struct fault *faults, unsigned max, bool *more)
+{
+    struct uffd_msg msgs[MESSAGES];
+    unsigned nfaults = 0, want = max < MESSAGES ? max : MESSAGES;
+    rwlock_write_lock(&mm->as);
+    __atomic_fetch_add(&mm->gate, 1, __ATOMIC_SEQ_CST);
+    int n = os->uffd_read(mm->uffd.fd, msgs, want);
+    SEQ_POINT("events-read");
+    for (int i = 0; i < n; i++) {
+        if (msgs[i].event != UFFD_EVENT_PAGEFAULT) {
+            apply(mm, &msgs[i]);
+            continue;
+        }
+        faults[nfaults++] = (struct fault){
+            .addr = msgs[i].arg.pagefault.address & ~(uintptr_t)(os_page_size() - 1),
+            .tid = msgs[i].arg.pagefault.feat.ptid,
+            .write = msgs[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WRITE,
+        };
+    }
+    __atomic_fetch_add(&mm->gate, 1, __ATOMIC_SEQ_CST);
+    rwlock_write_unlock(&mm->as);
+    *more = n == (int)want;
+    return nfaults;
+}

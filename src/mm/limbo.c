@@ -1,0 +1,139 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What events leave to do. An event is applied under the exclusive address-space lock, where no device may be waited for: it
+ * takes the entries away, moves the sequence numbers of the notifiers and puts the device pages on a chain. A worker then
+ * calls the devices and frees the pages.
+ */
+#include <limits.h>
+
+#include "base/futex.h"
+#include "mm/event.h"
+#include "mm/mm.h"
+
+/* A link names pagemap and page; the top bit tells it from a user address in the owner field. */
+#define CHAIN_TAG ((uint64_t)1 << 63)
+#define CHAIN_PAGE_BITS 48
+
+void chain_add(uint64_t *chain, uint32_t pagemap, uint64_t page)
+{
+    pagemap_by_id(pagemap)->pages[page].owner = CHAIN_TAG | *chain;
+    *chain = CHAIN_TAG | (uint64_t)pagemap << CHAIN_PAGE_BITS | page;
+}
+
+void chain_put(uint64_t chain)
+{
+    while (chain) {
+        uint32_t id = (chain & ~CHAIN_TAG) >> CHAIN_PAGE_BITS;
+        uint64_t page = chain & (((uint64_t)1 << CHAIN_PAGE_BITS) - 1);
+        struct pagemap *pm = pagemap_by_id(id);
+        uint64_t next = pm->pages[page].owner;
+        chain = next == CHAIN_TAG ? 0 : next;
+        pm->pages[page].owner = 0;
+        pagemap_put(pm, page, 1);
+    }
+}
+
+struct limbo *limbo_filling(struct mm *mm)
+{
+    struct limbo *l = NULL;
+    mutex_lock(&mm->queue_lock);
+    for (unsigned i = 0; i < LIMBO_BATCHES; i++)
+        if (mm->limbo[i].state == LIMBO_FILLING)
+            l = &mm->limbo[i];
+    for (unsigned i = 0; i < LIMBO_BATCHES && !l; i++)
+        if (mm->limbo[i].state == LIMBO_FREE)
+            l = &mm->limbo[i];
+    l->state = LIMBO_FILLING; /* one is always free or filling: mm_limbo_take leaves the last one */
+    mutex_unlock(&mm->queue_lock);
+    return l;
+}
+
+void limbo_mark(struct mm *mm, struct limbo *l, uintptr_t start, uintptr_t end, enum hmm_event_type type)
+{
+    if (l->marks < LIMBO_MARKS) {
+        struct invalidation *inv = &l->inv[l->marks];
+        if (notifier_begin(&mm->notifiers, inv, start, end, type, NULL))
+            l->marks++;
+        else
+            notifier_end(&mm->notifiers, inv);
+        return;
+    }
+    /* No more room: the last mark widens to cover both. The new one begins before the old one ends. */
+    struct invalidation *last = &l->inv[LIMBO_MARKS - 1], old = *last;
+    uintptr_t from = old.event.start < start ? old.event.start : start;
+    uintptr_t to = old.event.end > end ? old.event.end : end;
+    notifier_end(&mm->notifiers, last);
+    notifier_begin(&mm->notifiers, last, from, to, HMM_EVENT_UNMAP, NULL);
+}
+
+void limbo_prune(struct limbo *l, uintptr_t start, uintptr_t end)
+{
+    if (l->ranges < LIMBO_MARKS) {
+        l->range[l->ranges].start = start;
+        l->range[l->ranges++].end = end;
+        return;
+    }
+    if (start < l->range[0].start)
+        l->range[0].start = start;
+    if (end > l->range[0].end)
+        l->range[0].end = end;
+}
+
+static bool has_work(const struct limbo *l)
+{
+    return l->marks || l->chain || l->remaps || l->ranges;
+}
+
+void limbo_publish(struct mm *mm, const struct limbo *l)
+{
+    if (has_work(l))
+        mm->limbo_ready(mm);
+}
+
+struct limbo *mm_limbo_take(struct mm *mm)
+{
+    struct limbo *l = NULL;
+    unsigned unused = 0;
+    rwlock_read_lock(&mm->as); /* a batch is filled under the exclusive lock */
+    mutex_lock(&mm->queue_lock);
+    for (unsigned i = 0; i < LIMBO_BATCHES; i++) {
+        if (mm->limbo[i].state == LIMBO_FILLING)
+            l = &mm->limbo[i];
+        unused += mm->limbo[i].state == LIMBO_FREE;
+    }
+    if (l && unused && has_work(l))
+        l->state = LIMBO_TAKEN;
+    else
+        l = NULL;
+    mutex_unlock(&mm->queue_lock);
+    rwlock_read_unlock(&mm->as);
+    return l;
+}
+
+void mm_limbo_land(struct mm *mm, struct limbo *l)
+{
+    for (unsigned i = 0; i < l->marks; i++)
+        notifier_call(&mm->notifiers, &l->inv[i], true);
+    for (unsigned i = 0; i < l->marks; i++)
+        notifier_end(&mm->notifiers, &l->inv[i]);
+    chain_put(l->chain);
+    for (unsigned i = 0; i < l->ranges; i++)
+        mm_prune(mm, l->range[i].start, l->range[i].end);
+    if (l->remaps) {
+        __atomic_fetch_sub(&mm->remaps_pending, l->remaps, __ATOMIC_SEQ_CST);
+        futex_wake(&mm->remaps_pending, INT_MAX);
+    }
+    mutex_lock(&mm->queue_lock);
+    l->marks = l->remaps = l->ranges = 0;
+    l->chain = 0;
+    l->state = LIMBO_FREE;
+    mutex_unlock(&mm->queue_lock);
+    mm->limbo_ready(mm); /* a batch that found no free one behind it may be taken now */
+}
+
+void mm_remaps_wait(struct mm *mm)
+{
+    uint32_t n;
+    while ((n = __atomic_load_n(&mm->remaps_pending, __ATOMIC_SEQ_CST)) != 0)
+        futex_wait(&mm->remaps_pending, n, -1);
+}

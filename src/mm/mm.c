@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: MIT */
+/* Life of the address space object. See mm.h for the rules. */
+#include "mm/mm.h"
+
+#include <errno.h>
+#include <string.h>
+
+#include "base/alloc.h"
+#include "debug/inject.h"
+
+#define POOL_FLIGHTS 48
+
+static int open_descriptors(struct mm *mm)
+{
+    int r = os->uffd_open(OS_UFFD_REQUIRED, &mm->uffd);
+    if (r)
+        return hmm_fail(r, "userfaultfd cannot be opened (%s): `hmm check` names what is missing and the remedy",
+                        hmm_strerror(r));
+    r = os->uffd_open(UFFD_FEATURE_MOVE, &mm->discard_uffd);
+    if (r)
+        goto close_uffd;
+    r = mm->pagemap_fd = os->pagemap_open();
+    if (r < 0)
+        goto close_discard;
+    r = mm->maps_fd = os->maps_open();
+    if (r < 0)
+        goto close_pagemap;
+    return 0;
+
+close_pagemap:
+    os->close(mm->pagemap_fd);
+close_discard:
+    os->close(mm->discard_uffd.fd);
+close_uffd:
+    os->close(mm->uffd.fd);
+    return hmm_fail(r, "descriptors of /proc/self (pagemap, maps) or a second userfaultfd cannot be opened: %s",
+                    hmm_strerror(r));
+}
+
+static void close_descriptors(struct mm *mm)
+{
+    os->close(mm->maps_fd);
+    os->close(mm->pagemap_fd);
+    os->close(mm->discard_uffd.fd);
+    os->close(mm->uffd.fd);
+}
+
+static int make_flights(struct mm *mm)
+{
+    for (unsigned i = 0; i < POOL_FLIGHTS; i++) {
+        struct flight *f = flight_new(mm);
+        if (!f)
+            return -ENOMEM;
+        flight_put(mm, f);
+    }
+    return 0;
+}
+
+int mm_init(struct mm *mm)
+{
+    memset(mm, 0, sizeof(*mm));
+    rwlock_init(&mm->as, RANK_AS);
+    mutex_init(&mm->queue_lock, RANK_QUEUE);
+    notifier_tree_init(&mm->notifiers);
+    list_init(&mm->free_flights);
+    list_init(&mm->lru);
+    int r = open_descriptors(mm);
+    if (r)
+        goto destroy_locks;
+    r = pagetable_init(&mm->pt);
+    if (r)
+        goto close;
+    r = make_flights(mm);
+    if (r)
+        goto free_flights;
+    r = os->map(OS_BLOCK_SIZE, OS_BLOCK_SIZE, OS_MAP_NOHUGE, &mm->discard);
+    if (r)
+        goto free_flights;
+    r = os->uffd_register(mm->discard_uffd.fd, (uintptr_t)mm->discard, OS_BLOCK_SIZE);
+    if (r)
+        goto unmap_discard;
+    return 0;
+
+unmap_discard:
+    os->unmap(mm->discard, OS_BLOCK_SIZE);
+free_flights:
+    flight_free_all(mm);
+    pagetable_exit(&mm->pt);
+close:
+    close_descriptors(mm);
+    hmm_fail(r, "the manager cannot start: %s", hmm_strerror(r));
+destroy_locks:
+    notifier_tree_destroy(&mm->notifiers);
+    mutex_destroy(&mm->queue_lock);
+    rwlock_destroy(&mm->as);
+    return r;
+}
+
+void mm_exit(struct mm *mm)
+{
+    rwlock_write_lock(&mm->as);
+    for (struct block *b; (b = pagetable_next(&mm->pt, 0, UINTPTR_MAX)) && mm_disarm(mm, b);)
+        ;
+    rwlock_write_unlock(&mm->as);
+    os->unmap(mm->discard, OS_BLOCK_SIZE);
+    flight_free_all(mm);
+    pagetable_exit(&mm->pt);
+    close_descriptors(mm);
+    notifier_tree_destroy(&mm->notifiers);
+    mutex_destroy(&mm->queue_lock);
+    rwlock_destroy(&mm->as);
+}
+
+void mm_sync(struct mm *mm)
+{
+    rwlock_read_lock(&mm->as);
+    rwlock_read_unlock(&mm->as);
+}
+
+void mm_backoff(struct mm *mm, unsigned attempt)
+{
+    lock_assert_none();
+    stat_add(&mm->stats.retries, 1);
+    os_sleep(10000ull << (attempt < 8 ? attempt : 8));
+}

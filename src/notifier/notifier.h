@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Interval notifiers (kernel: mm/mmu_notifier.c, mmu_interval_notifier). Public half in <hmm/driver.h>.
+ *
+ * An invalidation has three steps. Begin marks: under the tree lock it enters the range into the list of active invalidations
+ * and moves the sequence number of every notifier that overlaps; no callback, so it may run under the address-space lock.
+ * Call runs the callbacks, without locks. End takes the range from the active list and wakes read_begin waiters.
+ *
+ * A notifier that is inserted while an invalidation is active is not called for it; its read_begin waits for the end.
+ *
+ * What a driver may rely on: let read_begin return s. Then, under the lock that the callback takes, read_retry(s) being false
+ * means that every invalidation of the interval that began before has ended before read_begin returned, and every one that
+ * begins later will call back, after that lock is free: what is published now is either right or taken back in time.
+ *
+ * The tree is a treap over (start, address) augmented with the largest end below (CLRS 14.3); nodes are the drivers'.
+ */
+#ifndef HMM_NOTIFIER_H
+#define HMM_NOTIFIER_H
+
+#include "base/list.h"
+#include "base/lock.h"
+#include <hmm/driver.h>
+
+struct notifier_tree {
+    struct mutex lock; /* RANK_NOTIFIER; protects everything below and every node */
+    struct hmm_notifier *root;
+    unsigned count;
+    struct list active;  /* struct invalidation */
+    uint32_t changes;    /* futex: active list or a calls count changed, if anybody waits */
+    uint32_t waiters;    /* on changes */
+    uint64_t insertions; /* so far; numbers the notifiers (born) and seeds their priorities */
+    uint64_t callbacks;  /* statistics */
+};
+
+struct invalidation {
+    struct list link;
+    struct hmm_event event;
+    uint64_t insertions; /* when it began: notifiers born later are not called */
+    bool marked;         /* some notifier overlaps: calls are due */
+};
+
+void notifier_tree_init(struct notifier_tree *t);
+void notifier_tree_destroy(struct notifier_tree *t);
+
+/* Marks. inv lives until notifier_end(). An empty range concerns nobody. Returns inv->marked: false means that no device has
+ * anything there, and call may be left out. Does not block, callable under the address-space and block locks. */
+bool notifier_begin(struct notifier_tree *t, struct invalidation *inv, uintptr_t start, uintptr_t end, enum hmm_event_type type,
+                    struct hmm_device *owner);
+/* Runs the callbacks, in the order of (start, address), one at a time. Returns 0, or -EAGAIN (only when !blockable; at once):
+ * some device must be waited for; call again blockable. No locks held. Wrong returns are logged with the callback's address and
+ * count as done. */
+int notifier_call(struct notifier_tree *t, struct invalidation *inv, bool blockable);
+void notifier_end(struct notifier_tree *t, struct invalidation *inv);
+
+/* Insert etc. behind the public calls: the tree is found by the caller. Insert wants start, end, dev and ops set. -EINVAL. */
+int notifier_insert(struct notifier_tree *t, struct hmm_notifier *n);
+void notifier_remove(struct notifier_tree *t, struct hmm_notifier *n);
+uint64_t notifier_read_begin(struct notifier_tree *t, struct hmm_notifier *n);
+/* Number of notifiers in the tree. */
+unsigned notifier_count(struct notifier_tree *t);
+/* Order, heap property, max_end, counts; for the audit and tests. */
+bool notifier_tree_is_valid(struct notifier_tree *t);
+
+#endif

@@ -1,0 +1,171 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The operating-system boundary. Everything the library asks of the kernel goes through this one table, so that a failing
+ * or simulated system can stand in for tests and injection can wrap it.
+ *
+ * Common contract: no operation takes a lock of ours, allocates from the C library or touches program memory. Errors are
+ * negative errno. Addresses and lengths are multiples of os_page_size() unless said otherwise. "May raise events" means: the
+ * call waits for our own reader, so it must not be made under the address-space lock.
+ */
+#ifndef HMM_OS_H
+#define HMM_OS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "os/uapi.h"
+
+/* Features of a userfaultfd that the main path needs, and what the kernel gave. */
+struct os_uffd {
+    int fd;
+    uint64_t features;   /* of UFFDIO_API */
+    bool user_mode_only; /* faults inside system calls give EFAULT */
+    const char *route;   /* "/dev/userfaultfd", "userfaultfd(2)", "userfaultfd(2) user-mode-only" */
+};
+
+/* One run of pages with equal properties, from PAGEMAP_SCAN. */
+struct os_region {
+    uintptr_t start, end;
+    uint64_t flags; /* OS_PG_* */
+};
+#define OS_PG_PRESENT (1u << 0)
+#define OS_PG_SWAPPED (1u << 1)
+#define OS_PG_ZERO (1u << 2) /* the shared zero page, small or huge */
+#define OS_PG_HUGE (1u << 3) /* mapped by a huge page table entry */
+#define OS_PG_FILE (1u << 4)
+
+/* The VMA that contains an address, or the next above it. */
+struct os_vma {
+    uintptr_t start, end;
+    bool read, write, exec, shared;
+    bool anonymous; /* no file behind it */
+    bool stack;     /* the kernel's "[stack]" */
+    bool special;   /* vdso, vvar, vsyscall: never ours to touch */
+};
+
+struct os_ops {
+    /* Opens a userfaultfd: /dev/userfaultfd first, then the system call, then user-mode-only. O_CLOEXEC | O_NONBLOCK.
+     * features: required UFFD_FEATURE_* bits. -EPERM: no route permits it; -ENOSYS: no such call; -EINVAL: a required feature
+     * is missing. Does not change out on failure. */
+    int (*uffd_open)(uint64_t features, struct os_uffd *out);
+
+    /* UFFDIO_REGISTER with MISSING mode. The range lies within mappings; idempotent for the same userfaultfd. Takes the mmap
+     * lock for writing: may split or merge VMAs. -EBUSY: another userfaultfd has it; -EINVAL: a kind that cannot be
+     * registered; -ENOMEM: too many mappings. */
+    int (*uffd_register)(int uffd, uintptr_t start, size_t len);
+    /* Wakes every waiter in the range. Missing pages read as zeros afterwards: nothing of ours may be missing there. */
+    int (*uffd_unregister)(int uffd, uintptr_t start, size_t len);
+
+    /* UFFDIO_COPY with DONTWAKE. dst: registered, missing pages of the program or of staging; src: library memory. Returns
+     * bytes copied from the start (> 0, may be short) or: -EAGAIN an event is pending and nothing was copied; -EEXIST a page
+     * is there; -ENOENT not registered or unmapped; -ENOMEM; -EFAULT src. */
+    int64_t (*uffd_copy)(int uffd, uintptr_t dst, const void *src, size_t len);
+    /* UFFDIO_ZEROPAGE with DONTWAKE: the same without source; maps the shared zero page. */
+    int64_t (*uffd_zeropage)(int uffd, uintptr_t dst, size_t len);
+    /* UFFDIO_MOVE with DONTWAKE, never ALLOW_SRC_HOLES. dst registered with this uffd; both within one VMA. Returns what the
+     * kernel said: len means all moved; anything else is *not to be believed* (design fact 1): scan the destination.
+     * -EAGAIN, -EBUSY pinned or shared after fork, -EINVAL unsuitable VMA, -ENOENT source missing / dst not registered,
+     * -EEXIST, -ENOMEM. */
+    int64_t (*uffd_move)(int uffd, uintptr_t dst, uintptr_t src, size_t len);
+    /* UFFDIO_WAKE: threads asleep in the range try again. */
+    int (*uffd_wake)(int uffd, uintptr_t start, size_t len);
+    /* Whether an event of this userfaultfd is pending (UFFDIO_WRITEPROTECT of nothing answers EAGAIN). 1, 0 or error. */
+    int (*uffd_pending)(int uffd);
+    /* Non-blocking read of up to n messages: count, 0 when there are none (EAGAIN), or error. */
+    int (*uffd_read)(int uffd, struct uffd_msg *msgs, unsigned n);
+
+    /* Waits until one of n descriptors is readable. timeout_ms < 0: for ever. Bit i of the result: fds[i] is readable. 0:
+     * time-out or signal. */
+    int (*poll)(const int *fds, unsigned n, int timeout_ms);
+    /* eventfd, non-blocking, close-on-exec. */
+    int (*event_open)(void);
+    int (*event_set)(int fd);
+    int (*event_clear)(int fd);
+
+    /* Opens /proc/self/pagemap and the list of mappings for the two calls below. */
+    int (*pagemap_open)(void);
+    int (*maps_open)(void);
+    /* PAGEMAP_SCAN of [start, end): regions of pages with any of OS_PG_PRESENT | OS_PG_SWAPPED, ascending, n at most. Returns
+     * their number and in *walked how far it came (== end when complete). Pages not covered are absent. */
+    int (*pagemap_scan)(int fd, uintptr_t start, uintptr_t end, struct os_region *v, unsigned n, uintptr_t *walked);
+    /* The VMA that contains addr or the first above it: PROCMAP_QUERY, else a parse of the list. 0, -ENOENT when none is at or
+     * above. */
+    int (*vma_query)(int fd, uintptr_t addr, struct os_vma *out);
+
+    /* Own memory: private, anonymous, DONTFORK, aligned to `align` (power of two). OS_MAP_*. */
+    int (*map)(size_t len, size_t align, unsigned flags, void **out);
+    /* Replaces own memory in place by fresh, empty memory and frees its page tables. Must not be registered with a
+     * userfaultfd that has events. On failure the place stays reserved, without access: call again. */
+    int (*remap_fresh)(void *addr, size_t len, unsigned flags);
+    int (*unmap)(void *addr, size_t len);
+    /* madvise. On program memory only OS_ADVISE_DONTFORK, _DOFORK and _POPULATE_WRITE. DONTNEED: own, unregistered memory
+     * only. POPULATE_WRITE may fault: no locks. */
+    int (*advise)(void *addr, size_t len, int advice);
+
+    /* process_vm_readv / writev on this process: bytes done > 0, or -EFAULT. May fault: no locks held. Any alignment. */
+    int64_t (*vm_read)(uintptr_t addr, void *buf, size_t len);
+    int64_t (*vm_write)(uintptr_t addr, const void *buf, size_t len);
+
+    /* Which CPU a thread of ours last ran on (field 39 of /proc/self/task/TID/stat), or error. */
+    int (*thread_cpu)(pid_t tid);
+    /* Binds the calling thread to one CPU of the process's allowed set, or with cpu < 0 to all of them. */
+    int (*bind_cpu)(int cpu);
+    /* Fills tcbs with one address inside each thread's control block, where the kernel writes at thread exit
+     * (get_robust_list). Returns the number of threads, which may exceed max. */
+    int (*thread_blocks)(uintptr_t *tcbs, unsigned max);
+
+    /* Makes the calling thread's descriptor table private, keeping only the n descriptors in keep (ascending). */
+    int (*private_files)(const int *keep, unsigned n);
+    int (*close)(int fd);
+    /* "major.minor" of the running kernel as major * 1000 + minor. */
+    int (*kernel_version)(void);
+
+    /* For the probe. Whether vma_query is the fast call on this descriptor: 1, 0 or error. */
+    int (*vma_query_fast)(int fd);
+    /* Reads a small text file of /proc or /sys without its last newline, cut to size - 1 characters. Length or error. */
+    int (*read_text)(const char *path, char *buf, size_t size);
+};
+
+#define OS_MAP_HUGE 1u    /* MADV_HUGEPAGE */
+#define OS_MAP_NOHUGE 2u  /* MADV_NOHUGEPAGE */
+#define OS_MAP_RESERVE 4u /* PROT_NONE */
+#define OS_MAP_WIPE 8u    /* WIPEONFORK instead of DONTFORK: children see zeros */
+
+enum { OS_ADVISE_DONTNEED, OS_ADVISE_DONTFORK, OS_ADVISE_DOFORK, OS_ADVISE_POPULATE_WRITE };
+
+/* The real system. */
+extern const struct os_ops os_linux;
+
+/* The table in use: os_linux unless a test or injection replaced it. Changed only while no manager runs. */
+extern const struct os_ops *os;
+
+size_t os_page_size(void);
+unsigned os_page_shift(void);
+/* Size of a block, and of the huge page that matches it: 2 MiB here (the PMD size). */
+#define OS_BLOCK_SIZE ((size_t)2 << 20)
+
+/* Monotonic nanoseconds. */
+uint64_t os_now(void);
+/* Sleeps; no locks held. */
+void os_sleep(uint64_t ns);
+pid_t os_tid(void); /* cached per thread */
+/* ---- probe (src/os/probe.c) ---- */
+
+/* What hmm_check() reports; strings live in the caller's struct. */
+struct os_check_item {
+    const char *name;
+    char detail[160];
+    char remedy[256];
+    int status; /* enum hmm_check_status values: 0 ok, 1 degraded, 2 missing, 3 not seen */
+};
+/* Calls fn per item; returns 0, 1 (degraded), -ENOSYS or -EPERM as hmm_check(). Goes through `os`. */
+int os_probe(void (*fn)(const struct os_check_item *, void *), void *arg);
+/* The features the main path requires. */
+#define OS_UFFD_REQUIRED                                                                                                       \
+    (UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_THREAD_ID |                \
+     UFFD_FEATURE_MOVE)
+#define OS_KERNEL_MINIMUM 6008 /* 6.8: UFFDIO_MOVE */
+
+#endif

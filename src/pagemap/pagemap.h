@@ -1,0 +1,94 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Device memory as pages (kernel: mm/memremap.c, struct dev_pagemap).
+ *
+ * Life: create -> alive -> kill (no new references) -> [owner migrates everything back] -> wait (last reference gone) ->
+ * destroy. A set-up that fails half-way is undone by actions registered so far, in reverse; destroy runs the same actions.
+ *
+ * A descriptor is 16 bytes: with the 8-byte entry that makes the 24 bytes a migrated page may cost. Reference and pin counts
+ * are separate; both atomic. A page is free when its reference count is 0. Counts rise without the lock, by whoever has a
+ * reference already; the last reference goes under the lock, so that under it counts, `used` and the buddy allocator agree.
+ */
+#ifndef HMM_PAGEMAP_H
+#define HMM_PAGEMAP_H
+
+#include "base/lock.h"
+#include "pagemap/buddy.h"
+#include <hmm/driver.h>
+
+#define PAGEMAP_IDS 256 /* 0 is none */
+#define PAGEMAP_PAGES_MAX ((uint64_t)1 << 40)
+
+struct page_desc {
+    uint64_t owner; /* address of the one user page it backs, or 0: the reverse mapping. Its user's to set; 0 when free */
+    uint32_t refs;
+    uint32_t pins; /* each pin also holds a reference */
+};
+_Static_assert(sizeof(struct page_desc) == 16, "24 bytes a migrated page: 16 here, 8 in the page table");
+
+struct pagemap;
+typedef void (*pagemap_undo)(struct pagemap *pm);
+#define PAGEMAP_UNDO_MAX 4
+
+struct pagemap {
+    struct mutex lock; /* RANK_PAGEMAP: buddy, counts */
+    uint32_t id;       /* 1..255; in page-table entries */
+    bool dying;        /* atomic */
+    struct hmm_device *dev;
+    void *priv; /* of the driver, for ops */
+    struct hmm_pagemap_desc desc;
+    struct page_desc *pages;
+    struct buddy *buddy;
+    uint64_t used;     /* pages with references, and those being freed */
+    uint64_t freeing;  /* of used: no reference any more, page_free is being called */
+    uint32_t released; /* futex: moves when used falls */
+    uint32_t waiters;  /* sleeping on it */
+
+    /* What creation did, in order. */
+    pagemap_undo undo[PAGEMAP_UNDO_MAX];
+    unsigned nundo;
+};
+
+/* A contiguous run of device pages. */
+struct page_run {
+    uint64_t page;
+    uint64_t count;
+};
+
+/* Checks desc (-EINVAL with message; -EEXIST: cpu_map overlaps another live pagemap) and takes an id. -ENOMEM, -ENFILE: ids. */
+int pagemap_create(const struct hmm_pagemap_desc *desc, struct hmm_device *dev, void *priv, struct pagemap **out);
+/* By id from a page-table entry; NULL when there is none. A dying one is found until it is destroyed: its pages must come home.
+ * Lock-free; the caller holds a reference on a page of it, or the address-space lock. */
+struct pagemap *pagemap_by_id(uint32_t id);
+
+/* Allocates up to `want` pages with one reference each, contiguous where possible (whole orders first), as at most max runs.
+ * Returns the number of pages got, which may be less than want, 0 when full, or -ENODEV when dying. Ascending within a run;
+ * run order is the order of use. */
+int64_t pagemap_alloc(struct pagemap *pm, uint64_t want, struct page_run *runs, unsigned max, unsigned *nruns);
+
+/* One more reference. The caller holds one, or a lock that keeps the page's user from dropping it. */
+void pagemap_get(struct pagemap *pm, uint64_t page);
+/* Drops a reference of each of count pages; frees those at zero and calls page_free. No lock above RANK_DRIVER held. */
+void pagemap_put(struct pagemap *pm, uint64_t page, uint64_t count);
+/* A pin holds a reference; the caller has one or a lock, as for pagemap_get(). -ENODEV when dying. */
+int pagemap_pin(struct pagemap *pm, uint64_t page);
+void pagemap_unpin(struct pagemap *pm, uint64_t page);
+static inline uint32_t pagemap_pins(const struct pagemap *pm, uint64_t page)
+{
+    return __atomic_load_n(&pm->pages[page].pins, __ATOMIC_ACQUIRE);
+}
+
+void pagemap_kill(struct pagemap *pm);
+/* Waits until no page has a reference and no page_free runs; -ETIMEDOUT. timeout_ns < 0: none. No locks held. */
+int pagemap_wait(struct pagemap *pm, int64_t timeout_ns);
+/* After kill and wait. Frees everything. */
+void pagemap_destroy(struct pagemap *pm);
+
+/* In a child of fork: there are none. */
+void pagemap_forget(void);
+
+/* Buddy, counts and references agree. Takes the lock. */
+bool pagemap_is_valid(struct pagemap *pm);
+uint64_t pagemap_metadata_bytes(const struct pagemap *pm);
+
+#endif

@@ -1,0 +1,60 @@
+/* SPDX-License-Identifier: MIT */
+/* See policy.h. */
+#include "policy/policy.h"
+
+#define FIRST_WINDOW 16 /* pages: 64 KiB with 4 KiB pages */
+
+static struct policy_range around(unsigned page, unsigned window, unsigned pages)
+{
+    if (window > pages)
+        window = pages;
+    unsigned first = page - page % window;
+    unsigned end = first + window < pages ? first + window : pages;
+    return (struct policy_range){first, end};
+}
+
+struct policy_range policy_device_fault(const struct policy_device_fault *in)
+{
+    unsigned window = FIRST_WINDOW;
+    while (window < in->on_device * 2)
+        window *= 2;
+    if (in->huge || in->previous * 4 >= in->pages * 3)
+        window = in->pages;
+    uint64_t quarter = in->device_pages / 4;
+    while (window > 1 && window > quarter)
+        window /= 2;
+    return around(in->page, window, in->pages);
+}
+
+static unsigned stream_of(struct policy_streams *st, uintptr_t number, bool *continues)
+{
+    unsigned oldest = 0;
+    for (unsigned i = 0; i < POLICY_STREAMS; i++) {
+        if (st->s[i].window && st->s[i].next == number) {
+            *continues = true;
+            return i;
+        }
+        if (st->s[i].used < st->s[oldest].used)
+            oldest = i;
+    }
+    *continues = false;
+    return oldest;
+}
+
+struct policy_range policy_cpu_fault(struct policy_streams *st, const struct policy_cpu_fault *in)
+{
+    bool continues;
+    unsigned i = stream_of(st, in->number, &continues);
+    unsigned window = continues ? st->s[i].window * 2 : 1;
+    struct policy_range r = {in->page, in->page + window};
+    if (in->huge)
+        r = (struct policy_range){0, in->pages};
+    if (r.end > in->pages)
+        r.end = in->pages;
+    st->s[i].next = in->number - in->page + r.end;
+    st->s[i].window = continues && window < in->pages ? window : r.end - r.first;
+    if (st->s[i].window > in->pages)
+        st->s[i].window = in->pages;
+    st->s[i].used = ++st->clock;
+    return r;
+}

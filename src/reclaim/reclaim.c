@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: MIT */
+/* See reclaim.h. Victims are whole blocks, coldest first (mm->lru). */
+#include "reclaim/reclaim.h"
+
+#include <errno.h>
+
+#define LOOK_MAX 256 /* blocks looked at for one victim */
+
+static bool on_device(const struct block *b, const struct pagemap *pm)
+{
+    for (unsigned i = 0; i < block_pages(); i++) {
+        entry_t e = block_entry(b, i);
+        if (entry_kind(e) == ENTRY_DEVICE && entry_id(e) == pm->id && !pagemap_pins(pm, entry_page(e)))
+            return true;
+    }
+    return false;
+}
+
+/* Unlinks and returns the coldest block, or NULL. Caller holds mm->as. */
+static struct block *pop_coldest(struct mm *mm)
+{
+    struct block *b = NULL;
+    mutex_lock(&mm->queue_lock);
+    if (!list_empty(&mm->lru)) {
+        b = container_of(mm->lru.next, struct block, lru);
+        list_del(&b->lru);
+    }
+    mutex_unlock(&mm->queue_lock);
+    return b;
+}
+
+/* The base of a block to evict; 0: none found. Blocks that are passed over go to the hot end. */
+static uintptr_t victim(struct mm *mm, struct hmm_device *dev, uintptr_t keep)
+{
+    uintptr_t base = 0;
+    rwlock_read_lock(&mm->as);
+    for (unsigned i = 0; i < LOOK_MAX && !base; i++) {
+        struct block *b = pop_coldest(mm);
+        if (!b)
+            break;
+        mutex_lock(&b->lock);
+        bool useful = on_device(b, dev->pagemap), used = b->on_device > 0;
+        mutex_unlock(&b->lock);
+        if (useful && b->base != keep)
+            base = b->base;
+        if (used)
+            lru_touch(mm, b);
+    }
+    rwlock_read_unlock(&mm->as);
+    return base;
+}
+
+uint64_t reclaim_make_room(struct mm *mm, struct hmm_device *dev, uint64_t pages, uintptr_t keep)
+{
+    uint64_t freed = 0;
+    while (freed < pages) {
+        uintptr_t base = victim(mm, dev, keep);
+        if (!base)
+            break;
+        struct hmm_migrate_result res = {0};
+        migrate_range_to_system(mm, dev, base, base + OS_BLOCK_SIZE, &res);
+        if (res.moved == 0)
+            break; /* pinned or failing: the caller goes on with less */
+        freed += res.moved;
+        stat_add(&mm->stats.evicted, res.moved);
+    }
+    return freed;
+}
+
+int reclaim_migrate_to_device(struct mm *mm, struct hmm_device *dev, uintptr_t start, uintptr_t end,
+                              struct hmm_migrate_result *res)
+{
+    struct tcb_list tcbs;
+    tcb_list_read(&tcbs);
+    struct cursor c = {.dev = dev, .at = start, .end = end, .tcbs = &tcbs, .res = res};
+    for (unsigned failures = 0;;) {
+        int r = migrate_range_to_device(mm, &c);
+        if (r != -ENOSPC)
+            return r;
+        if (c.partial) {
+            /* Not one page found room: the rest of this block stays. */
+            uintptr_t next = (c.at & BLOCK_MASK) + OS_BLOCK_SIZE;
+            uintptr_t stop = next < end ? next : end;
+            res->busy += (stop - c.at) >> os_page_shift();
+            if (!res->first_stayed)
+                res->first_stayed = c.at;
+            c.at = stop;
+            c.partial = false;
+            failures = 0;
+            continue;
+        }
+        if (reclaim_make_room(mm, dev, c.lacking, c.at & BLOCK_MASK) == 0 || ++failures > 8)
+            c.partial = true;
+    }
+}

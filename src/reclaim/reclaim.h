@@ -1,0 +1,17 @@
+/* SPDX-License-Identifier: MIT */
+/* Making room on a device, and migrations that do so. No locks held; blocks. */
+#ifndef HMM_RECLAIM_H
+#define HMM_RECLAIM_H
+
+#include "migrate/migrate.h"
+
+/* Sends cold blocks of the device home until `pages` pages came free. Returns the pages that came free (>= pages), or less when
+ * nothing more can be evicted: everything else is pinned, in flight or gone. `keep`: a block that is not to be evicted. */
+uint64_t reclaim_make_room(struct mm *mm, struct hmm_device *dev, uint64_t pages, uintptr_t keep);
+
+/* migrate_range_to_device() that makes room when the device is full. 0, -ENOMEM, or the driver's error; pages for which no room
+ * could be made are counted as busy. */
+int reclaim_migrate_to_device(struct mm *mm, struct hmm_device *dev, uintptr_t start, uintptr_t end,
+                              struct hmm_migrate_result *res);
+
+#endif

@@ -1,0 +1,379 @@
+/* SPDX-License-Identifier: MIT */
+/* See support.h. */
+#include "support.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <time.h>
+
+hmm_dev device;
+static hmm_dev opened[16];
+static unsigned nopened;
+static unsigned log_lines[HMM_LOG_DEBUG + 1];
+
+/* ---- devices ---- */
+
+const char *spec_with(const char *options)
+{
+    static char spec[256];
+    const char *env = getenv("HMM_TEST_DEVICE");
+    const char *base = env && *env ? env : "soft:memory=64M";
+    const char *colon = strchr(base, ':');
+    int name = colon ? (int)(colon - base) : (int)strlen(base);
+    size_t len = (size_t)snprintf(spec, sizeof(spec), "%.*s", name, base);
+    char separator = ':';
+    /* Of an option that is given in both, only the new one stays. */
+    for (const char *word = colon ? colon + 1 : ""; *word;) {
+        size_t n = strcspn(word, ","), key = strcspn(word, "=,");
+        const char *same = NULL;
+        for (const char *o = options ? options : ""; *o; o += strcspn(o, ","), o += *o == ',')
+            if (strncmp(o, word, key) == 0 && o[key] == '=')
+                same = o;
+        if (!same) {
+            len += (size_t)snprintf(spec + len, sizeof(spec) - len, "%c%.*s", separator, (int)n, word);
+            separator = ',';
+        }
+        word += n + (word[n] == ',');
+    }
+    if (options && *options)
+        snprintf(spec + len, sizeof(spec) - len, "%c%s", separator, options);
+    return spec;
+}
+
+hmm_dev open_with(const char *options)
+{
+    hmm_dev dev = 0;
+    const char *spec = spec_with(options);
+    int r = hmm_device_open(spec, &dev);
+    if (r)
+        fail_msg("%s cannot be opened: %d, %s", spec, r, hmm_last_message());
+    assert_true(nopened < sizeof(opened) / sizeof(opened[0]));
+    opened[nopened++] = dev;
+    return dev;
+}
+
+void assert_audit_clean(void)
+{
+    int r = hmm_audit();
+    if (r)
+        fail_msg("the audit found %d violations; the first: %s", r, hmm_last_message());
+}
+
+static void forget(hmm_dev dev)
+{
+    for (unsigned i = 0; i < nopened; i++)
+        if (opened[i] == dev)
+            opened[i] = opened[--nopened];
+}
+
+void close_device(hmm_dev dev)
+{
+    assert_audit_clean();
+    int r = hmm_device_close(dev);
+    if (r)
+        fail_msg("closing the device: %d, %s", r, hmm_last_message());
+    forget(dev);
+}
+
+static void count_log(enum hmm_log_level level, const char *line, void *arg)
+{
+    (void)arg;
+    __atomic_fetch_add(&log_lines[level], 1, __ATOMIC_RELAXED);
+    if (level <= HMM_LOG_WARNING)
+        fprintf(stderr, "library: %s\n", line);
+}
+
+unsigned logged(enum hmm_log_level level)
+{
+    return __atomic_load_n(&log_lines[level], __ATOMIC_RELAXED);
+}
+
+int setup_none(void **state)
+{
+    (void)state;
+    memset(log_lines, 0, sizeof(log_lines));
+    hmm_set_log(count_log, NULL);
+    return 0;
+}
+
+int setup_device(void **state)
+{
+    setup_none(state);
+    device = open_with(NULL);
+    return 0;
+}
+
+int teardown(void **state)
+{
+    (void)state;
+    bool clean = true;
+    if (nopened && hmm_audit() != 0) {
+        fprintf(stderr, "audit: %s\n", hmm_last_message());
+        clean = false;
+    }
+    while (nopened) {
+        hmm_dev dev = opened[--nopened];
+        int r = hmm_device_close(dev);
+        if (r && r != -ENODEV) {
+            fprintf(stderr, "close: %d, %s\n", r, hmm_last_message());
+            clean = false;
+        }
+    }
+    if (logged(HMM_LOG_ERROR)) {
+        fprintf(stderr, "the library logged %u errors\n", logged(HMM_LOG_ERROR));
+        clean = false;
+    }
+    hmm_set_log(NULL, NULL);
+    return clean ? 0 : -1;
+}
+
+/* ---- jobs ---- */
+
+struct hmm_fence_info finish(hmm_fence *fence)
+{
+    struct hmm_fence_info info = {.size = sizeof(info)};
+    int r = hmm_fence_wait(fence, JOB_SECONDS * 1000000000ll);
+    assert_int_equal(hmm_fence_info(fence, &info), 0);
+    if (info.status == -EINPROGRESS)
+        fail_msg("a job is not done after %d seconds", JOB_SECONDS);
+    assert_int_equal(r, info.status);
+    hmm_fence_put(fence);
+    return info;
+}
+
+hmm_fence *launch(hmm_dev dev, hmm_kernel kernel, const void *arg, size_t size, uint32_t deadline_ms)
+{
+    hmm_fence *fence = NULL;
+    struct hmm_launch l = {.size = sizeof(l), .deadline_ms = deadline_ms, .kernel = kernel, .arg = arg, .arg_size = size};
+    int r = hmm_job_launch(dev, &l, &fence);
+    if (r)
+        fail_msg("launch: %d, %s", r, hmm_last_message());
+    return fence;
+}
+
+struct hmm_fence_info run_kernel(hmm_dev dev, hmm_kernel kernel, const void *arg, size_t size)
+{
+    return finish(launch(dev, kernel, arg, size, 0));
+}
+
+uint64_t must(hmm_fence *fence)
+{
+    struct hmm_fence_info info = finish(fence);
+    if (info.status)
+        fail_msg("a job failed: %d, %s", info.status, info.message);
+    return info.result;
+}
+
+uint64_t must_run(hmm_dev dev, hmm_kernel kernel, const void *arg, size_t size)
+{
+    return must(launch(dev, kernel, arg, size, 0));
+}
+
+uint32_t device_crc(hmm_dev dev, const void *src, size_t len)
+{
+    hmm_fence *fence = NULL;
+    assert_int_equal(hmm_job_crc32c(dev, src, len, &fence), 0);
+    return (uint32_t)must(fence);
+}
+
+void device_copy(hmm_dev dev, void *dst, const void *src, size_t len)
+{
+    hmm_fence *fence = NULL;
+    assert_int_equal(hmm_job_copy(dev, dst, src, len, &fence), 0);
+    must(fence);
+}
+
+void device_fill(hmm_dev dev, void *dst, uint8_t value, size_t len)
+{
+    hmm_fence *fence = NULL;
+    assert_int_equal(hmm_job_fill(dev, dst, value, len, &fence), 0);
+    must(fence);
+}
+
+/* ---- memory ---- */
+
+size_t page_size(void)
+{
+    return (size_t)sysconf(_SC_PAGESIZE);
+}
+
+/* The address space around it stays reserved for ever, but for the two holes. */
+static char *map_aligned(size_t bytes)
+{
+    size_t total = bytes + 2 * BLOCK, page = page_size();
+    char *area = mmap(NULL, total, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    assert_true(area != MAP_FAILED);
+    char *at = (char *)(((uintptr_t)area + BLOCK) & ~(BLOCK - 1));
+    assert_true(mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == at);
+    munmap(at - page, page);
+    munmap(at + bytes, page);
+    return at;
+}
+
+char *map_pages(size_t bytes)
+{
+    char *at = map_aligned(bytes);
+    madvise(at, bytes, MADV_NOHUGEPAGE);
+    return at;
+}
+
+char *map_huge(size_t bytes)
+{
+    char *at = map_aligned(bytes);
+    madvise(at, bytes, MADV_HUGEPAGE);
+    memset(at, 1, bytes);
+    madvise(at, bytes, MADV_COLLAPSE);
+    if (anon_huge_bytes(at) < bytes) {
+        fprintf(stderr, "skipped: the system gives no huge pages here\n");
+        munmap(at, bytes);
+        skip();
+    }
+    return at;
+}
+
+void unmap_pages(void *ptr, size_t bytes)
+{
+    assert_int_equal(munmap(ptr, bytes), 0);
+}
+
+void *map_control(void)
+{
+    void *p = mmap(NULL, page_size(), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    assert_true(p != MAP_FAILED);
+    return p;
+}
+
+/* splitmix64 */
+uint64_t random_next(uint64_t *state)
+{
+    uint64_t z = *state += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+void fill_random(void *ptr, size_t bytes, uint64_t seed)
+{
+    char *p = ptr;
+    for (size_t i = 0; i < bytes; i += sizeof(uint64_t)) {
+        uint64_t r = random_next(&seed);
+        memcpy(p + i, &r, bytes - i < sizeof(r) ? bytes - i : sizeof(r));
+    }
+}
+
+static uint32_t crc_of_byte(uint32_t crc)
+{
+    for (int bit = 0; bit < 8; bit++)
+        crc = crc & 1 ? crc >> 1 ^ 0x82f63b78 : crc >> 1;
+    return crc;
+}
+
+uint32_t crc_oracle(const void *data, size_t len)
+{
+    static uint32_t table[256];
+    const unsigned char *p = data;
+    uint32_t crc = 0xffffffff;
+    for (uint32_t i = 0; i < 256 && !table[255]; i++)
+        table[i] = crc_of_byte(i);
+    while (len--)
+        crc = crc >> 8 ^ table[(crc ^ *p++) & 0xff];
+    return crc ^ 0xffffffff;
+}
+
+/* ---- what the kernel says ---- */
+
+bool page_present(const void *ptr)
+{
+    static int fd = -1;
+    uint64_t entry = 0;
+    if (fd < 0)
+        fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    assert_true(fd >= 0);
+    assert_int_equal(pread(fd, &entry, sizeof(entry), (off_t)((uintptr_t)ptr / page_size() * sizeof(entry))), sizeof(entry));
+    return entry >> 62 != 0;
+}
+
+size_t anon_huge_bytes(const void *ptr)
+{
+    FILE *f = fopen("/proc/self/smaps", "re");
+    char line[512];
+    unsigned long start, end, kib;
+    bool inside = false;
+    size_t huge = 0;
+    assert_non_null(f);
+    while (fgets(line, sizeof(line), f)) {
+        if (sscanf(line, "%lx-%lx ", &start, &end) == 2)
+            inside = start <= (uintptr_t)ptr && (uintptr_t)ptr < end;
+        else if (inside && sscanf(line, "AnonHugePages: %lu kB", &kib) == 1)
+            huge = kib << 10;
+    }
+    fclose(f);
+    return huge;
+}
+
+static unsigned entries_of(const char *path)
+{
+    DIR *dir = opendir(path);
+    unsigned n = 0;
+    assert_non_null(dir);
+    while (readdir(dir))
+        n++;
+    closedir(dir);
+    return n - 2;
+}
+
+unsigned thread_count(void)
+{
+    return entries_of("/proc/self/task");
+}
+
+unsigned descriptor_count(void)
+{
+    return entries_of("/proc/self/fd") - 1;
+}
+
+/* ---- what the library says ---- */
+
+struct hmm_stats stats_now(void)
+{
+    struct hmm_stats s = {.size = sizeof(s)};
+    assert_int_equal(hmm_stats(&s), 0);
+    return s;
+}
+
+size_t pages_in_state(const void *ptr, size_t len, enum hmm_page_state state)
+{
+    size_t max = len / page_size() + 2, n = 0;
+    struct hmm_page_info *pages = calloc(max, sizeof(*pages));
+    int64_t count = hmm_range_query(ptr, len, pages, max);
+    if (count < 0)
+        fail_msg("range query: %d, %s", (int)count, hmm_last_message());
+    for (int64_t i = 0; i < count; i++)
+        n += pages[i].state == state;
+    free(pages);
+    return n;
+}
+
+uint64_t now_ms(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+void sleep_ms(unsigned ms)
+{
+    struct timespec t = {.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000L};
+    nanosleep(&t, NULL);
+}
+
+void wait_for(const volatile uint32_t *word, uint32_t value)
+{
+    uint64_t until = now_ms() + JOB_SECONDS * 1000;
+    while (*word < value) {
+        if (now_ms() > until)
+            fail_msg("nothing happened for %d seconds", JOB_SECONDS);
+        sched_yield();
+    }
+}

@@ -1,0 +1,105 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What the driver suite has in common. The suite stands on the public interface only and runs over any driver that runs jobs: the
+ * environment variable HMM_TEST_DEVICE names the device, "soft:memory=64M" where it is not set.
+ *
+ * Every test opens its device in setup; teardown audits every structure, closes, and fails when the library logged an error.
+ * Expected values come from plain arrays and from the kernel's own reports, never from the library.
+ */
+#ifndef TESTS_DRIVER_SUPPORT_H
+#define TESTS_DRIVER_SUPPORT_H
+
+#include <errno.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include <hmm/hmm.h>
+
+/* newer than the distribution's headers */
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
+
+#define BLOCK ((size_t)2 << 20)
+#define MIB ((size_t)1 << 20)
+#define JOB_SECONDS 30 /* no job of the suite takes that long */
+
+/* ---- devices ---- */
+
+extern hmm_dev device; /* the test's own */
+
+/* "memory=8M" etc. over the spec of the environment; static storage. */
+const char *spec_with(const char *options);
+hmm_dev open_with(const char *options);
+/* Audits, then closes. */
+void close_device(hmm_dev dev);
+/* The whole program, all devices. */
+void assert_audit_clean(void);
+
+int setup_none(void **state); /* logs are watched; no device */
+int setup_device(void **state);
+int teardown(void **state);
+#define TEST(f) cmocka_unit_test_setup_teardown(f, setup_device, teardown)
+#define TEST_WITHOUT_DEVICE(f) cmocka_unit_test_setup_teardown(f, setup_none, teardown)
+/* Lines logged at this level since setup. */
+unsigned logged(enum hmm_log_level level);
+
+/* ---- jobs ---- */
+
+/* Waits, drops the fence. Fails the test after JOB_SECONDS. */
+struct hmm_fence_info finish(hmm_fence *fence);
+/* The same for a kernel of this device; deadline 0: the default. */
+hmm_fence *launch(hmm_dev dev, hmm_kernel kernel, const void *arg, size_t size, uint32_t deadline_ms);
+struct hmm_fence_info run_kernel(hmm_dev dev, hmm_kernel kernel, const void *arg, size_t size);
+/* The result of a job that must succeed. */
+uint64_t must(hmm_fence *fence);
+uint64_t must_run(hmm_dev dev, hmm_kernel kernel, const void *arg, size_t size);
+uint32_t device_crc(hmm_dev dev, const void *src, size_t len);
+void device_copy(hmm_dev dev, void *dst, const void *src, size_t len);
+void device_fill(hmm_dev dev, void *dst, uint8_t value, size_t len);
+
+/* ---- memory ---- */
+
+size_t page_size(void);
+/* Private anonymous memory, small pages, block aligned, with one unmapped page before and behind: holes of one page, which nobody
+ * else maps by chance. Freed with unmap_pages(), parts too. */
+char *map_pages(size_t bytes);
+/* The same of huge pages, all touched; skips the test where the system gives none. */
+char *map_huge(size_t bytes);
+void unmap_pages(void *ptr, size_t bytes);
+/* A page that no device can take (shared), for flags between kernels and the test. Freed with munmap(). */
+void *map_control(void);
+void fill_random(void *ptr, size_t bytes, uint64_t seed);
+uint64_t random_next(uint64_t *state);
+/* CRC-32C from a table that is made bit by bit, as the definition says. */
+uint32_t crc_oracle(const void *data, size_t len);
+
+/* ---- what the kernel says ---- */
+
+bool page_present(const void *ptr);      /* present or swapped, by /proc/self/pagemap */
+size_t anon_huge_bytes(const void *ptr); /* of the mapping at ptr, by /proc/self/smaps */
+unsigned thread_count(void);
+unsigned descriptor_count(void);
+
+/* ---- what the library says ---- */
+
+struct hmm_stats stats_now(void);
+/* Pages of [ptr, ptr+len) in this state. */
+size_t pages_in_state(const void *ptr, size_t len, enum hmm_page_state state);
+
+uint64_t now_ms(void);
+void sleep_ms(unsigned ms);
+/* Waits until *word is at least value; fails the test after JOB_SECONDS. */
+void wait_for(const volatile uint32_t *word, uint32_t value);
+
+#endif
