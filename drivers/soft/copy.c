@@ -25,7 +25,9 @@ static int copy_piece(struct memory *m, int what, const struct hmm_dma *d)
     int r = soft_memory_touch(m, d->page, d->pages);
     if (r)
         return r;
-    if (what == COPY_TO_DEVICE)
+    if (what == COPY_TO_DEVICE && bytes > COPY_AT_ONCE)
+        soft_stream_copy(at, d->host, bytes);
+    else if (what == COPY_TO_DEVICE)
         memcpy(at, d->host, bytes);
     else
         memset(at, 0, bytes);

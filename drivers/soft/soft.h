@@ -5,6 +5,7 @@
  *
  *   memory.c    device memory: a shared mapping at addresses of its own
  *   copy.c      copy engines: threads for the copy and clear slots, never behind a job
+ *   stream.c    copying large pieces past the caches
  *   queue.c     the bounded job queue
  *   engine.c    job engines: threads that take jobs and run them
  *   ops.c       copy, fill, crc32c on process addresses
@@ -43,6 +44,13 @@ extern const struct hmm_driver soft_driver;
 
 struct soft;
 
+/* Steps that a test build can leave out (tests/MUTATIONS.md), named by the environment variable HMM_MUTATE. */
+#ifdef HMM_MUTATIONS
+bool soft_mutate(const char *name); /* mutate.c */
+#else
+#define soft_mutate(name) false
+#endif
+
 /* ---- memory.c ---------------------------------------------------------------------------------------------------- */
 
 struct memory {
@@ -66,6 +74,9 @@ static inline char *soft_memory_at(const struct memory *m, uint64_t page)
 }
 
 /* ---- copy.c ------------------------------------------------------------------------------------------------------ */
+
+/* stream.c: both sides page aligned, a multiple of the page size. */
+void soft_stream_copy(void *to, const void *from, size_t bytes);
 
 #define COPY_RING 64
 

@@ -92,6 +92,8 @@ static int invalidate(struct hmm_notifier *n, const struct hmm_event *event)
     if (b->base && start < end)
         clear_entries(&s->table, b, start, end);
     pthread_mutex_unlock(&s->table.lock);
+    if (soft_mutate("soft-hazard"))
+        return 0;
     if (!event->blockable)
         return s->invalidate_delay_ms || soft_access_in_use(s, event->start, event->end) ? -EAGAIN : 0;
     soft_access_wait_unused(s, event->start, event->end);
@@ -256,6 +258,10 @@ static int fill(struct engine *e, struct block *b, uintptr_t base)
             return r;
         pthread_mutex_lock(&t->lock);
         bool stale = hmm_notifier_read_retry(&b->notifier, seq);
+        if (stale && soft_mutate("soft-retry")) {
+            stale = false;
+            seq = hmm_notifier_seq(&b->notifier);
+        }
         if (!stale)
             install(t, b, e->pfns, seq);
         pthread_mutex_unlock(&t->lock);

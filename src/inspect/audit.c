@@ -40,9 +40,9 @@ static void audit_entry(struct audit *a, const struct block *b, unsigned i)
         if (!pm || entry_page(e) >= pm->desc.pages)
             violation(a, "entry of %#lx names page %llu of pagemap %u, which is not there", (unsigned long)addr,
                       (unsigned long long)entry_page(e), entry_id(e));
-        else if (pm->pages[entry_page(e)].owner != addr)
+        else if (page_owner(&pm->pages[entry_page(e)]) != addr)
             violation(a, "device page %llu of %#lx says that it belongs to %#llx", (unsigned long long)entry_page(e),
-                      (unsigned long)addr, (unsigned long long)pm->pages[entry_page(e)].owner);
+                      (unsigned long)addr, (unsigned long long)page_owner(&pm->pages[entry_page(e)]));
         else if (pm->pages[entry_page(e)].refs == 0)
             violation(a, "device page %llu of %#lx has no reference", (unsigned long long)entry_page(e), (unsigned long)addr);
     } else if (entry_kind(e) == ENTRY_FLIGHT) {

@@ -8,6 +8,8 @@ int driver_start_copy(struct flight *f, enum hmm_dma_kind kind, const struct hmm
     lock_assert_none();
     fence_init(fence);
     int r = inject_driver("copy");
+    if (kind == HMM_DMA_TO_DEVICE && mutate("flip-to-device"))
+        *(char *)v[0].host ^= 1;
     return r ? r : f->dev->driver->copy(f->dev->priv, kind, v, n, fence);
 }
 

@@ -77,6 +77,8 @@ static unsigned within_mapping(struct mm *mm, uintptr_t home, unsigned n)
 static int put_run(struct mm *mm, struct flight *f, struct put_source src, unsigned i, unsigned n, bool *moved)
 {
     const char *from = source_of(f, src, i);
+    if (mutate("flip-to-system"))
+        *(char *)from ^= 1;
     int r = try_run(mm, f, from, src.slot != NULL, i, n, moved);
     if (r > 0 || r == -EAGAIN || r == -ENOMEM || r == -EEXIST)
         return r;
@@ -175,7 +177,7 @@ void restore_entries(struct mm *mm, struct flight *f)
             continue;
         mutex_lock(&b->lock);
         block_set(b, block_index(f->home[i]), entry_make(ENTRY_DEVICE, f->dev->pagemap->id, f->page[i]));
-        f->dev->pagemap->pages[f->page[i]].owner = f->home[i];
+        page_set_owner(&f->dev->pagemap->pages[f->page[i]], f->home[i]);
         mutex_unlock(&b->lock);
         f->how[i] = FLIGHT_EMPTY;
     }
@@ -209,7 +211,7 @@ void free_done(struct flight *f)
         while (i + n < f->end && f->how[i + n] == FLIGHT_DONE && f->page[i + n] == f->page[i] + n)
             f->how[i + n++] = FLIGHT_EMPTY;
         for (unsigned k = 0; k < n; k++)
-            f->dev->pagemap->pages[f->page[i] + k].owner = 0;
+            page_set_owner(&f->dev->pagemap->pages[f->page[i] + k], 0);
         pagemap_put(f->dev->pagemap, f->page[i], n);
     }
 }

@@ -107,6 +107,11 @@ static int take_run(struct take *t, unsigned i, unsigned n, bool zero)
                 take_one(t, i, FLIGHT_COPY, TAKE_TAKEN);
             return 0;
         }
+        if (r == (int64_t)page_bytes(end - i) && mutate("zero-seen")) {
+            for (; i < end; i++)
+                take_one(t, i, FLIGHT_CLEAR, TAKE_TAKEN);
+            return 0;
+        }
         unsigned stuck = believe_slot(t, i, end - i);
         if (stuck >= end)
             return 0;

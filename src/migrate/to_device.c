@@ -231,11 +231,13 @@ static struct landed publish(struct mm *mm, struct flight *f)
     for (unsigned i = f->first; i < f->end; i++) {
         if (f->how[i] != FLIGHT_COPY && f->how[i] != FLIGHT_CLEAR)
             continue;
-        if (!f->home[i] && !mutate("publish-dropped")) {
+        uintptr_t home = f->home[i];
+        if (!home && mutate("publish-dropped"))
+            home = f->base + ((uintptr_t)i << os_page_shift());
+        if (!home) {
             f->how[i] = FLIGHT_DONE;
             continue;
         }
-        uintptr_t home = f->home[i];
         if (!b || b->base != (home & BLOCK_MASK)) {
             if (b)
                 mutex_unlock(&b->lock);
@@ -244,7 +246,7 @@ static struct landed publish(struct mm *mm, struct flight *f)
             lru_touch(mm, b);
         }
         block_set(b, block_index(home), entry_make(ENTRY_DEVICE, f->dev->pagemap->id, f->page[i]));
-        f->dev->pagemap->pages[f->page[i]].owner = home;
+        page_set_owner(&f->dev->pagemap->pages[f->page[i]], home);
         n.copied += f->how[i] == FLIGHT_COPY;
         n.cleared += f->how[i] == FLIGHT_CLEAR;
         f->how[i] = FLIGHT_EMPTY;

@@ -18,7 +18,7 @@ static bool take_entry(struct mm *mm, struct flight *f, struct block *b, unsigne
 {
     entry_t e = block_entry(b, i);
     struct pagemap *pm = pagemap_by_id(entry_id(e));
-    if (pagemap_pins(pm, entry_page(e))) {
+    if (pagemap_pins(pm, entry_page(e)) && !mutate("pins")) {
         res->pinned++;
         stat_add(&mm->stats.pinned, 1);
         return false;

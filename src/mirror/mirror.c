@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "debug/inject.h"
 #include "migrate/migrate.h"
 #include "policy/policy.h"
 #include "reclaim/reclaim.h"
@@ -115,5 +116,6 @@ int mirror_snapshot(struct hmm_device *dev, uintptr_t start, uintptr_t end, uint
         mutex_unlock(&b->lock);
     }
     rwlock_read_unlock(&mm->as);
+    SEQ_POINT("snapshot-taken");
     return 0;
 }

@@ -109,7 +109,7 @@ int mm_arm(struct mm *mm, struct block *b, uintptr_t start, uintptr_t end)
         return r;
 armed:
     /* A child must not get the range without its missing pages. */
-    if (os->advise((void *)start, end - start, OS_ADVISE_DONTFORK))
+    if (!mutate("dontfork") && os->advise((void *)start, end - start, OS_ADVISE_DONTFORK))
         return -EINVAL;
     block_arm(b, i, n, true);
     b->unproved = before;

@@ -187,7 +187,7 @@ static void move_page(struct mm *mm, struct block *b, unsigned i, uintptr_t to)
     block_set(b, i, 0);
     block_set(d, block_index(to), e);
     if (entry_kind(e) == ENTRY_DEVICE) {
-        pagemap_by_id(entry_id(e))->pages[entry_page(e)].owner = to;
+        page_set_owner(&pagemap_by_id(entry_id(e))->pages[entry_page(e)], to);
         lru_touch(mm, d);
     } else if (entry_kind(e) == ENTRY_FLIGHT) {
         mm->flights[entry_id(e)]->home[entry_page(e)] = to;

@@ -104,10 +104,13 @@ void flight_end_invalidation(struct mm *mm, struct flight *f)
 void flight_landed(struct mm *mm)
 {
     __atomic_fetch_add(&mm->landings, 1, __ATOMIC_SEQ_CST);
-    futex_wake(&mm->landings, INT_MAX);
+    if (__atomic_load_n(&mm->landing_waiters, __ATOMIC_SEQ_CST))
+        futex_wake(&mm->landings, INT_MAX);
 }
 
 void flight_wait(struct mm *mm, uint32_t seen)
 {
+    __atomic_fetch_add(&mm->landing_waiters, 1, __ATOMIC_SEQ_CST);
     futex_wait(&mm->landings, seen, -1);
+    __atomic_fetch_sub(&mm->landing_waiters, 1, __ATOMIC_SEQ_CST);
 }

@@ -10,25 +10,27 @@
 #include "mm/event.h"
 #include "mm/mm.h"
 
-/* A link names pagemap and page; the top bit tells it from a user address in the owner field. */
-#define CHAIN_TAG ((uint64_t)1 << 63)
-#define CHAIN_PAGE_BITS 48
+/* A link names pagemap and page (plus one: 0 ends the chain), and looks like an address to the owner field. */
+#define LINK_ID_SHIFT 52
+
+static uint64_t link_make(uint32_t pagemap, uint64_t page)
+{
+    return (uint64_t)pagemap << LINK_ID_SHIFT | (page + 1) << PAGE_OWNER_SHIFT;
+}
 
 void chain_add(uint64_t *chain, uint32_t pagemap, uint64_t page)
 {
-    pagemap_by_id(pagemap)->pages[page].owner = CHAIN_TAG | *chain;
-    *chain = CHAIN_TAG | (uint64_t)pagemap << CHAIN_PAGE_BITS | page;
+    page_set_owner(&pagemap_by_id(pagemap)->pages[page], *chain);
+    *chain = link_make(pagemap, page);
 }
 
 void chain_put(uint64_t chain)
 {
     while (chain) {
-        uint32_t id = (chain & ~CHAIN_TAG) >> CHAIN_PAGE_BITS;
-        uint64_t page = chain & (((uint64_t)1 << CHAIN_PAGE_BITS) - 1);
-        struct pagemap *pm = pagemap_by_id(id);
-        uint64_t next = pm->pages[page].owner;
-        chain = next == CHAIN_TAG ? 0 : next;
-        pm->pages[page].owner = 0;
+        struct pagemap *pm = pagemap_by_id(chain >> LINK_ID_SHIFT);
+        uint64_t page = ((chain & (((uint64_t)1 << LINK_ID_SHIFT) - 1)) >> PAGE_OWNER_SHIFT) - 1;
+        chain = page_owner(&pm->pages[page]);
+        page_set_owner(&pm->pages[page], 0);
         pagemap_put(pm, page, 1);
     }
 }

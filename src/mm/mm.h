@@ -122,6 +122,7 @@ struct mm {
     struct list lru;          /* blocks, coldest first */
     struct limbo limbo[LIMBO_BATCHES];
     uint32_t remaps_pending; /* futex: remaps in batches that have not landed */
+    uint32_t landing_waiters;
     uint32_t landings;       /* futex: some flight landed; waiters for FLIGHT entries look again */
 
     struct {

@@ -262,7 +262,7 @@ void pagemap_get(struct pagemap *pm, uint64_t page)
 static bool release_run(struct pagemap *pm, const struct page_run *run)
 {
     for (uint64_t i = 0; i < run->count; i++)
-        pm->pages[run->page + i].owner = 0;
+        page_set_owner(&pm->pages[run->page + i], 0);
     buddy_release(pm->buddy, run->page, run->count);
     pm->used -= run->count;
     pm->released++;
@@ -324,6 +324,25 @@ void pagemap_put(struct pagemap *pm, uint64_t page, uint64_t count)
         report_underflow(id, first, "reference");
 }
 
+/* Pin counts are 16 bits wide, and say so instead of wrapping. */
+static bool add_pin(uint16_t *pins)
+{
+    uint16_t old = __atomic_load_n(pins, __ATOMIC_RELAXED);
+    while (old != UINT16_MAX)
+        if (__atomic_compare_exchange_n(pins, &old, (uint16_t)(old + 1), false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+            return true;
+    return false;
+}
+
+static bool take_pin(uint16_t *pins)
+{
+    uint16_t old = __atomic_load_n(pins, __ATOMIC_RELAXED);
+    while (old != 0)
+        if (__atomic_compare_exchange_n(pins, &old, (uint16_t)(old - 1), false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+            return true;
+    return false;
+}
+
 int pagemap_pin(struct pagemap *pm, uint64_t page)
 {
     if (__atomic_load_n(&pm->dying, __ATOMIC_ACQUIRE))
@@ -332,13 +351,16 @@ int pagemap_pin(struct pagemap *pm, uint64_t page)
         hmm_log(HMM_LOG_ERROR, "pagemap %u: page %llu is pinned, which is free", pm->id, (unsigned long long)page);
         return -EINVAL;
     }
-    __atomic_fetch_add(&pm->pages[page].pins, 1, __ATOMIC_ACQ_REL);
+    if (!add_pin(&pm->pages[page].pins)) {
+        pagemap_put(pm, page, 1);
+        return -EOVERFLOW;
+    }
     return 0;
 }
 
 void pagemap_unpin(struct pagemap *pm, uint64_t page)
 {
-    if (drop_count(&pm->pages[page].pins) == 0) {
+    if (!take_pin(&pm->pages[page].pins)) {
         report_underflow(pm->id, page, "pin");
         return;
     }
@@ -397,7 +419,7 @@ bool pagemap_is_valid(struct pagemap *pm)
         /* Under the lock references only rise, so pins that were read first cannot exceed them. */
         uint32_t pins = __atomic_load_n(&d->pins, __ATOMIC_ACQUIRE), refs = __atomic_load_n(&d->refs, __ATOMIC_ACQUIRE);
         referenced += refs > 0;
-        ok = pins <= refs && (refs > 0 ? !buddy_is_free(pm->buddy, i) : d->owner == 0 || pm->freeing > 0);
+        ok = pins <= refs && (refs > 0 ? !buddy_is_free(pm->buddy, i) : page_owner(d) == 0 || pm->freeing > 0);
     }
     ok = ok && referenced + pm->freeing == pm->used && buddy_available(pm->buddy) == pm->desc.pages - pm->used &&
          buddy_is_valid(pm->buddy);

@@ -5,7 +5,7 @@
  * Life: create -> alive -> kill (no new references) -> [owner migrates everything back] -> wait (last reference gone) ->
  * destroy. A set-up that fails half-way is undone by actions registered so far, in reverse; destroy runs the same actions.
  *
- * A descriptor is 16 bytes: with the 8-byte entry that makes the 24 bytes a migrated page may cost. Reference and pin counts
+ * A descriptor is 12 bytes: with the 8-byte entry and its share of the block below the 24 bytes a migrated page may cost. Reference and pin counts
  * are separate; both atomic. A page is free when its reference count is 0. Counts rise without the lock, by whoever has a
  * reference already; the last reference goes under the lock, so that under it counts, `used` and the buddy allocator agree.
  */
@@ -17,14 +17,30 @@
 #include <hmm/driver.h>
 
 #define PAGEMAP_IDS 256 /* 0 is none */
-#define PAGEMAP_PAGES_MAX ((uint64_t)1 << 40)
+#define PAGEMAP_PAGES_MAX ((uint64_t)1 << 39)
 
+/* Twelve bytes, so that with its 8-byte entry and its share of the block a migrated page stays below 24. */
 struct page_desc {
-    uint64_t owner; /* address of the one user page it backs, or 0: the reverse mapping. Its user's to set; 0 when free */
+    uint32_t owner_low; /* see page_owner() */
+    uint16_t owner_high;
+    uint16_t pins; /* each pin also holds a reference */
     uint32_t refs;
-    uint32_t pins; /* each pin also holds a reference */
 };
-_Static_assert(sizeof(struct page_desc) == 16, "24 bytes a migrated page: 16 here, 8 in the page table");
+_Static_assert(sizeof(struct page_desc) == 12, "24 bytes a migrated page: 12 here, 8 in the page table, the rest for the block");
+
+/* The address of the one user page it backs, or 0: the reverse mapping. Its user's to set; 0 when free. Below 2^60, a multiple of
+ * 4 KiB. */
+#define PAGE_OWNER_SHIFT 12
+static inline uint64_t page_owner(const struct page_desc *d)
+{
+    return ((uint64_t)d->owner_high << 32 | d->owner_low) << PAGE_OWNER_SHIFT;
+}
+
+static inline void page_set_owner(struct page_desc *d, uint64_t addr)
+{
+    d->owner_low = (uint32_t)(addr >> PAGE_OWNER_SHIFT);
+    d->owner_high = (uint16_t)(addr >> (PAGE_OWNER_SHIFT + 32));
+}
 
 struct pagemap;
 typedef void (*pagemap_undo)(struct pagemap *pm);

@@ -269,7 +269,7 @@ static void test_last_reference_frees_once(void **state)
     assert_int_equal(pagemap_alloc(pm, 100, &run, 1, &n), 100);
     uint64_t first = run.page;
     for (uint64_t i = 0; i < 100; i++)
-        pm->pages[first + i].owner = 0x1000 * (i + 1);
+        page_set_owner(&pm->pages[first + i], 0x1000 * (i + 1));
     for (uint64_t i = 0; i < 100; i += 3)
         pagemap_get(pm, first + i);
     pagemap_put(pm, first, 100);
@@ -277,7 +277,7 @@ static void test_last_reference_frees_once(void **state)
     assert_int_equal(pm->used, 34);
     for (uint64_t i = 0; i < 100; i++) {
         assert_int_equal(f.calls[first + i], i % 3 ? 1 : 0);
-        assert_int_equal(pm->pages[first + i].owner, i % 3 ? 0 : 0x1000 * (i + 1));
+        assert_int_equal(page_owner(&pm->pages[first + i]), i % 3 ? 0 : 0x1000 * (i + 1));
     }
     assert_true(pagemap_is_valid(pm));
     for (uint64_t i = 0; i < 100; i += 3)
@@ -404,9 +404,9 @@ static void test_validator_sees_damage(void **state)
     pm->pages[page].pins = 2; /* more pins than references */
     assert_false(pagemap_is_valid(pm));
     pm->pages[page].pins = 0;
-    pm->pages[other].owner = 0x1000; /* a free page with an owner */
+    page_set_owner(&pm->pages[other], 0x1000); /* a free page with an owner */
     assert_false(pagemap_is_valid(pm));
-    pm->pages[other].owner = 0;
+    page_set_owner(&pm->pages[other], 0);
     pm->pages[other].refs = 1; /* the reference moved to a page that the buddy thinks free */
     pm->pages[page].refs = 0;
     assert_false(pagemap_is_valid(pm));
@@ -523,7 +523,7 @@ static void *stress_thread(void *arg)
         for (unsigned r = 0; r < n; r++) {
             for (uint64_t p = runs[r].page; p < runs[r].page + runs[r].count; p++) {
                 s->bad |= __atomic_fetch_add(&s->holders[p], 1, __ATOMIC_RELAXED) != 0;
-                s->pm->pages[p].owner = p << 12;
+                page_set_owner(&s->pm->pages[p], p << 12);
                 if (p % 5 == 0 && pagemap_pin(s->pm, p) == 0)
                     pagemap_unpin(s->pm, p);
                 __atomic_fetch_sub(&s->holders[p], 1, __ATOMIC_RELAXED);
