@@ -43,14 +43,19 @@ static void on_signal(int number)
     soft_engine_throw(e);
 }
 
-void soft_deadline_adopt(struct engine *e)
+void soft_deadline_allow(void)
 {
     sigset_t set;
-    self = e;
-    __atomic_store_n(&e->tid, (int)syscall(SYS_gettid), __ATOMIC_RELEASE);
     sigemptyset(&set);
     sigaddset(&set, kill_signal.number);
     pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+}
+
+void soft_deadline_adopt(struct engine *e)
+{
+    self = e;
+    __atomic_store_n(&e->tid, (int)syscall(SYS_gettid), __ATOMIC_RELEASE);
+    soft_deadline_allow();
 }
 
 void soft_deadline_kill(struct engine *e, uint32_t generation, enum kill_cause cause, bool force)
@@ -63,10 +68,11 @@ void soft_deadline_kill(struct engine *e, uint32_t generation, enum kill_cause c
 
 /* ---- the signal -------------------------------------------------------------------------------------------------- */
 
-/* SA_NODEFER: the handler is left by a jump that does not restore the mask. */
+/* No SA_NODEFER: real-time signals queue up, and each of a flood of them would nest. So the handler that leaves by a jump leaves the
+ * signal blocked, until soft_deadline_allow(). */
 static int install(void)
 {
-    struct sigaction ours = {.sa_handler = on_signal, .sa_flags = SA_ONSTACK | SA_NODEFER | SA_RESTART}, old;
+    struct sigaction ours = {.sa_handler = on_signal, .sa_flags = SA_ONSTACK | SA_RESTART}, old;
     sigemptyset(&ours.sa_mask);
     for (int n = SIGRTMAX; n >= SIGRTMIN; n--) {
         if (sigaction(n, NULL, &old) || (old.sa_flags & SA_SIGINFO) || old.sa_handler != SIG_DFL)

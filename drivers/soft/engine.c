@@ -93,8 +93,9 @@ static void run(struct engine *e, struct hmm_job *job)
             if (soft_access_end_span(e))
                 soft_engine_throw(e);
         }
-    } else if (e->status.status == 0) {
-        ended(e, soft_deadline_asked(e)); /* from the signal handler, which only leaves */
+    } else if (e->status.status == 0) { /* from the signal handler, which only leaves */
+        ended(e, soft_deadline_asked(e));
+        soft_deadline_allow();
     }
     soft_access_drop_span(e);
     if (e->status.status == -ETIMEDOUT)
@@ -220,6 +221,7 @@ int soft_engines_init(struct soft *s, unsigned engines)
     }
     if (!r)
         return 0;
+    soft_engines_join(s);
     soft_engines_exit(s);
     return r;
 
@@ -228,13 +230,17 @@ destroy_queue:
     return r;
 }
 
-void soft_engines_exit(struct soft *s)
+void soft_engines_join(struct soft *s)
 {
     soft_queue_end(&s->queue);
     for (unsigned i = 0; i < s->nengines; i++) {
         if (s->engines[i]->thread)
             hmm_thread_join(s->engines[i]->thread);
     }
+}
+
+void soft_engines_exit(struct soft *s)
+{
     for (unsigned i = 0; i < s->nengines; i++)
         engine_free(s->engines[i]);
     s->nengines = 0;

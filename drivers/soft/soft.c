@@ -51,6 +51,7 @@ static int soft_open(struct hmm_device *dev, const union hmm_option_value *value
     return 0;
 
 stop_engines:
+    soft_engines_join(s);
     soft_engines_exit(s);
 stop_copies:
     soft_copy_exit(s);
@@ -68,11 +69,13 @@ static void soft_stop(void *priv)
     soft_engines_stop(priv);
 }
 
+/* Engines use the table, and invalidations, which end with the table, look at the engines. */
 static void soft_close(void *priv)
 {
     struct soft *s = priv;
-    soft_engines_exit(s);
+    soft_engines_join(s);
     soft_table_exit(s);
+    soft_engines_exit(s);
     soft_copy_exit(s);
     soft_memory_exit(&s->memory);
     hmm_mem_free(s, sizeof(*s));

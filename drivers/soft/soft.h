@@ -107,13 +107,15 @@ int soft_clear(void *priv, const struct hmm_dma *v, unsigned n, hmm_fence *fence
 typedef uint32_t pte_t;
 #define PTE_WRITE (1u << 31)
 
+#define BLOCK_NONE ((uintptr_t)1) /* 0 is the address of a block, too */
+
 /* The page table of one 2 MiB block. Allocated once and used again for other blocks, never freed before the device closes, so
  * that a TLB entry may point to it for ever and `generation` says whether it is still the same block. */
 struct block {
     struct hmm_notifier notifier;
     struct soft *soft;
     struct block *next;  /* hash chain or free list; table.lock */
-    uintptr_t base;      /* 0: free; table.lock */
+    uintptr_t base;      /* BLOCK_NONE: free; table.lock */
     uint64_t filled;     /* sequence number at which the entries were read; table.lock */
     uint32_t generation; /* atomic: moves when the block is given up */
     uint32_t users;      /* engines that fill it; table.lock */
@@ -192,6 +194,8 @@ int soft_deadline_signal_get(void);
 void soft_deadline_signal_put(void);
 /* Engine thread, at its start: this thread may be interrupted, for this engine. */
 void soft_deadline_adopt(struct engine *e);
+/* Engine thread, after the handler left a kernel: the next one may be interrupted, too. */
+void soft_deadline_allow(void);
 /* Asks the engine's job of this generation to end, at its next accessor call; with force at once, by the signal. The signal may
  * miss; to be repeated until the job has ended. Any thread. */
 void soft_deadline_kill(struct engine *e, uint32_t generation, enum kill_cause cause, bool force);
@@ -235,6 +239,8 @@ int soft_engines_init(struct soft *s, unsigned engines);
 /* Refuses jobs, completes queued ones, ends running ones. On return no job is left. */
 void soft_engines_stop(struct soft *s);
 /* After soft_engines_stop(): ends the threads. */
+void soft_engines_join(struct soft *s);
+/* After soft_engines_join(), when no invalidation can come any more: they look at every engine's hazard. */
 void soft_engines_exit(struct soft *s);
 /* Leaves the job with e->status; does not return. Holds no lock. */
 void soft_engine_throw(struct engine *e) __attribute__((noreturn));

@@ -89,7 +89,7 @@ static int invalidate(struct hmm_notifier *n, const struct hmm_event *event)
         return -EAGAIN;
     uintptr_t start = event->start > b->base ? event->start : b->base;
     uintptr_t end = event->end < b->base + SOFT_BLOCK ? event->end : b->base + SOFT_BLOCK;
-    if (b->base && start < end)
+    if (b->base != BLOCK_NONE && start < end)
         clear_entries(&s->table, b, start, end);
     pthread_mutex_unlock(&s->table.lock);
     if (soft_mutate("soft-hazard"))
@@ -112,7 +112,7 @@ static const struct hmm_notifier_ops notifier_ops = {.invalidate = invalidate};
 static bool give_up(struct table *t, struct block *b)
 {
     pthread_mutex_lock(&t->lock);
-    bool can = b->base && b->users == 0;
+    bool can = b->base != BLOCK_NONE && b->users == 0;
     if (can) {
         __atomic_fetch_add(&b->generation, 1, __ATOMIC_SEQ_CST);
         can = !soft_access_in_use(b->soft, b->base, b->base + SOFT_BLOCK);
@@ -120,7 +120,7 @@ static bool give_up(struct table *t, struct block *b)
     if (can) {
         unhash(t, b);
         clear_entries(t, b, b->base, b->base + SOFT_BLOCK);
-        b->base = 0;
+        b->base = BLOCK_NONE;
         b->current = false;
     }
     pthread_mutex_unlock(&t->lock);
@@ -138,7 +138,7 @@ static void sweep(struct table *t)
     for (unsigned i = 0; i < SWEEP_STEPS && t->made; i++) {
         struct block *b = t->all[t->hand++ % t->made];
         pthread_mutex_lock(&t->lock);
-        bool idle = b->base && b->mapped == 0;
+        bool idle = b->base != BLOCK_NONE && b->mapped == 0;
         pthread_mutex_unlock(&t->lock);
         if (idle)
             give_up(t, b);
@@ -168,6 +168,7 @@ static struct block *unused_block(struct soft *s)
         struct block *b = hmm_mem_alloc(sizeof(*b) + t->block_pages * sizeof(pte_t));
         if (b) {
             b->soft = s;
+            b->base = BLOCK_NONE;
             t->all[t->made++] = b;
             t->unused = b;
         }
@@ -364,7 +365,7 @@ void soft_table_exit(struct soft *s)
 {
     struct table *t = &s->table;
     for (unsigned i = 0; i < t->made; i++) {
-        if (t->all[i]->base)
+        if (t->all[i]->base != BLOCK_NONE)
             hmm_notifier_remove(&t->all[i]->notifier);
         hmm_mem_free(t->all[i], sizeof(struct block) + t->block_pages * sizeof(pte_t));
     }

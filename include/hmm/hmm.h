@@ -101,7 +101,8 @@ HMM_API int hmm_device_open(const char *spec, hmm_dev *dev);
 
 /*
  * Cancels queued jobs, ends running ones (their fences give -ECANCELED), brings every page home, closes the device.
- * -ENODEV: not open (also: closed before). -ENOMEM: pages could not be brought home; the device stays open, call again.
+ * -ENODEV: not open (also: closed before). -ENOMEM: pages could not be brought home; -EBUSY: pages are pinned or in use after 10 s.
+ * After these two the handle is good for another hmm_device_close() only; nothing is lost.
  */
 HMM_API int hmm_device_close(hmm_dev dev);
 
@@ -195,8 +196,9 @@ HMM_API void hmm_fence_put(hmm_fence *fence);
 /*
  * Job submission. Copies its parameters, queues, returns at once. Jobs of one device may run concurrently and in any order:
  * order them by waiting. Every job sees all memory changes (munmap, madvise, writes...) that happened before the call.
- * fence may be NULL only for hmm_job_*'s caller who does not care about errors. Zero length is -EINVAL, as is a range that
- * wraps around. Overlapping copies behave like memmove. -ENODEV: device closed. -ENOMEM.
+ * fence may be NULL for a caller who does not care about errors. Zero length is -EINVAL, as is a range that
+ * wraps around. Overlapping copies behave like memmove. -ENODEV: device closed. -EBUSY: its queue is full, wait for a fence.
+ * -EOPNOTSUPP: it runs no jobs. -ENOMEM.
  */
 HMM_API int hmm_job_copy(hmm_dev dev, void *dst, const void *src, size_t len, hmm_fence **fence);
 HMM_API int hmm_job_fill(hmm_dev dev, void *dst, uint8_t value, size_t len, hmm_fence **fence);

@@ -25,6 +25,18 @@ static struct {
     } slots[DEVICES_MAX];
 } devices = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
+static void lock_devices(void)
+{
+    signals_block();
+    pthread_mutex_lock(&devices.lock);
+}
+
+static void unlock_devices(void)
+{
+    pthread_mutex_unlock(&devices.lock);
+    signals_unblock();
+}
+
 void devices_forget(void)
 {
     hmm_dev next = devices.next;
@@ -44,13 +56,13 @@ static int find_slot(hmm_dev handle)
 struct hmm_device *device_get(hmm_dev handle)
 {
     struct hmm_device *dev = NULL;
-    pthread_mutex_lock(&devices.lock);
+    lock_devices();
     int i = handle > 0 ? find_slot(handle) : -1;
     if (i >= 0 && devices.slots[i].state == SLOT_OPEN) {
         dev = devices.slots[i].dev;
         devices.slots[i].users++;
     }
-    pthread_mutex_unlock(&devices.lock);
+    unlock_devices();
     if (!dev)
         hmm_fail(-ENODEV, "device handle %d is not open (closed before, or never opened)", handle);
     return dev;
@@ -58,31 +70,31 @@ struct hmm_device *device_get(hmm_dev handle)
 
 void device_put(struct hmm_device *dev)
 {
-    pthread_mutex_lock(&devices.lock);
+    lock_devices();
     for (int i = 0; i < DEVICES_MAX; i++)
         if (devices.slots[i].dev == dev && --devices.slots[i].users == 0)
             futex_wake(&devices.slots[i].users, INT_MAX);
-    pthread_mutex_unlock(&devices.lock);
+    unlock_devices();
 }
 
 hmm_dev device_handle(const struct hmm_device *dev)
 {
     hmm_dev handle = 0;
-    pthread_mutex_lock(&devices.lock);
+    lock_devices();
     for (int i = 0; i < DEVICES_MAX; i++)
         if (devices.slots[i].state != SLOT_FREE && devices.slots[i].dev == dev)
             handle = devices.slots[i].handle;
-    pthread_mutex_unlock(&devices.lock);
+    unlock_devices();
     return handle;
 }
 
 void devices_each(void (*fn)(struct pagemap *pm, void *arg), void *arg)
 {
-    pthread_mutex_lock(&devices.lock);
+    lock_devices();
     for (int i = 0; i < DEVICES_MAX; i++)
         if (devices.slots[i].state == SLOT_OPEN)
             fn(devices.slots[i].dev->pagemap, arg);
-    pthread_mutex_unlock(&devices.lock);
+    unlock_devices();
 }
 
 static void add_descriptors(struct pagemap *pm, void *sum)
@@ -124,7 +136,7 @@ static int check_driver(const struct hmm_driver *d)
 static int reserve_slot(struct hmm_device *dev)
 {
     int slot = -1;
-    pthread_mutex_lock(&devices.lock);
+    lock_devices();
     for (int i = 0; i < DEVICES_MAX && slot < 0; i++)
         if (devices.slots[i].state == SLOT_FREE)
             slot = i;
@@ -134,17 +146,17 @@ static int reserve_slot(struct hmm_device *dev)
         devices.slots[slot].handle = ++devices.next;
         devices.slots[slot].users = 0;
     }
-    pthread_mutex_unlock(&devices.lock);
+    unlock_devices();
     return slot;
 }
 
 static void set_slot(int slot, enum slot_state state)
 {
-    pthread_mutex_lock(&devices.lock);
+    lock_devices();
     devices.slots[slot].state = state;
     if (state == SLOT_FREE)
         devices.slots[slot].dev = NULL;
-    pthread_mutex_unlock(&devices.lock);
+    unlock_devices();
 }
 
 /* No page of it is in use. */
@@ -263,13 +275,13 @@ int hmm_device_close(hmm_dev handle)
     int r = api_enter();
     if (r)
         return r;
-    pthread_mutex_lock(&devices.lock);
+    lock_devices();
     int slot = handle > 0 ? find_slot(handle) : -1;
     enum slot_state state = slot >= 0 ? devices.slots[slot].state : SLOT_FREE;
     bool closable = state == SLOT_OPEN || state == SLOT_STUCK;
     if (closable)
         devices.slots[slot].state = SLOT_CLOSING;
-    pthread_mutex_unlock(&devices.lock);
+    unlock_devices();
     if (!closable)
         return hmm_fail(-ENODEV, "device handle %d is not open (closed before, or never opened)", handle);
     struct hmm_device *dev = devices.slots[slot].dev;

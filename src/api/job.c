@@ -89,8 +89,10 @@ static int submit(struct hmm_device *dev, struct hmm_job *job, hmm_fence **fence
     hmm_fence *f = fence_get(job->fence);
     int r = -EOPNOTSUPP;
     if (dev->driver->submit) {
+        signals_block();  /* the driver takes locks of its own */
         mm_sync(dev->mm); /* changes that the program made before this call are known to the device's notifiers */
         r = dev->driver->submit(dev->priv, job);
+        signals_unblock();
     }
     if (r)
         job_free(job);

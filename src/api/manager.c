@@ -10,10 +10,12 @@
 
 #include "base/alloc.h"
 #include "base/error.h"
+#include "base/fence.h"
 #include "base/futex.h"
 #include "debug/inject.h"
 #include "fault/fault.h"
 #include "migrate/staging.h"
+#include "os/own.h"
 
 #define CALLERS 2       /* threads for explicit migrations */
 #define FAULT_WORKERS 4 /* default */
@@ -32,6 +34,18 @@ static struct {
     struct mm mm;
     struct workers callers;
 } manager = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+static void lock_manager(void)
+{
+    signals_block();
+    pthread_mutex_lock(&manager.lock);
+}
+
+static void unlock_manager(void)
+{
+    pthread_mutex_unlock(&manager.lock);
+    signals_unblock();
+}
 
 /* ---- fork ---- */
 
@@ -58,6 +72,7 @@ static void forget_parent(void)
     manager.running = 0;
     *manager.alive = 1;
     devices_forget();
+    own_forget();
     pagemap_forget();
     threads_forget();
     mem_forget();
@@ -83,9 +98,9 @@ static int make_alive_page(void)
 
 int hmm_configure(const struct hmm_config *config)
 {
-    int r = api_enter();
-    if (r && r != -ESRCH)
-        return r;
+    message_clear();
+    if (in_child())
+        forget_parent();
     if (!config || config->size < sizeof(config->size) || config->size > 4096)
         return hmm_fail(-EINVAL, "hmm_configure: set config->size to sizeof(struct hmm_config)");
     struct hmm_config c = {0};
@@ -97,9 +112,9 @@ int hmm_configure(const struct hmm_config *config)
                         (unsigned long long)c.staging_bytes);
     if (c.debug && strlen(c.debug) >= sizeof(manager.debug))
         return hmm_fail(-EINVAL, "hmm_configure: debug is longer than %zu characters", sizeof(manager.debug) - 1);
-    pthread_mutex_lock(&manager.lock);
+    lock_manager();
     if (manager.devices) {
-        pthread_mutex_unlock(&manager.lock);
+        unlock_manager();
         return hmm_fail(-EBUSY, "hmm_configure: a device is open; close it first");
     }
     manager.config = c;
@@ -108,7 +123,7 @@ int hmm_configure(const struct hmm_config *config)
         strcpy(manager.debug, c.debug);
         manager.config.debug = manager.debug;
     }
-    pthread_mutex_unlock(&manager.lock);
+    unlock_manager();
     return 0;
 }
 
@@ -143,12 +158,12 @@ static void start_debug(void)
 
 static int map_own(size_t bytes, void **out)
 {
-    return os->map(bytes, os_page_size(), 0, out);
+    return own_map(bytes, os_page_size(), 0, out);
 }
 
 static void unmap_own(void *ptr, size_t bytes)
 {
-    os->unmap(ptr, bytes);
+    own_unmap(ptr, bytes);
 }
 
 static int init_in_root(void *arg)
@@ -210,6 +225,7 @@ static void report_lock(const char *line)
 
 static int start(void)
 {
+    fence_foreign = in_child;
     static const struct mem_source source = {.map = map_own, .unmap = unmap_own};
     uint64_t staging_size = manager.config.staging_bytes ? manager.config.staging_bytes : STAGING_DEFAULT;
     unsigned workers = manager.config.fault_workers ? manager.config.fault_workers : FAULT_WORKERS;
@@ -273,22 +289,22 @@ int manager_get(struct mm **mm)
     int r = make_alive_page();
     if (r)
         return r;
-    pthread_mutex_lock(&manager.lock);
+    lock_manager();
     if (manager.devices == 0)
         r = start();
     if (!r)
         manager.devices++;
-    pthread_mutex_unlock(&manager.lock);
+    unlock_manager();
     *mm = &manager.mm;
     return r;
 }
 
 void manager_put(void)
 {
-    pthread_mutex_lock(&manager.lock);
+    lock_manager();
     if (--manager.devices == 0)
         stop();
-    pthread_mutex_unlock(&manager.lock);
+    unlock_manager();
 }
 
 struct mm *manager_use(void)

@@ -4,6 +4,8 @@
 #include <string.h>
 
 #include "api/manager.h"
+#include "base/alloc.h"
+#include "base/error.h"
 #include "inspect/inspect.h"
 #include "reclaim/reclaim.h"
 
@@ -19,6 +21,9 @@ const char *hmm_version(void)
     return "0.1.0";
 }
 
+/* Above the user half of every 64-bit address space that Linux has; blocks below it do not wrap around. */
+#define ADDRESS_END ((uintptr_t)1 << (sizeof(uintptr_t) == 8 ? 57 : 31))
+
 /* [addr, addr+len) rounded outwards to pages. */
 static int page_range(const char *what, const void *addr, size_t len, uintptr_t *start, uintptr_t *end)
 {
@@ -27,9 +32,19 @@ static int page_range(const char *what, const void *addr, size_t len, uintptr_t 
         return hmm_fail(-EINVAL, "%s: the length is 0", what);
     if (a + len < a || a + len > UINTPTR_MAX - mask)
         return hmm_fail(-EINVAL, "%s: the range at %p of %zu bytes wraps around the address space", what, addr, len);
+    if (a + len > ADDRESS_END)
+        return hmm_fail(-EFAULT, "%s: nothing is mapped at %p and %zu bytes on: it is beyond the user address space", what,
+                        addr, len);
     *start = a & ~mask;
     *end = (a + len + mask) & ~mask;
     return 0;
+}
+
+/* What library threads write while they hold locks, or a page in flight, must not stand on the caller's stack, which may be managed
+ * memory (a coroutine's): records are ours, and copied out afterwards. */
+static void *new_record(size_t bytes)
+{
+    return mem_alloc(bytes);
 }
 
 struct migrate_call {
@@ -79,26 +94,32 @@ static void run_to_device(struct call *call)
 
 int hmm_migrate_to_device(hmm_dev handle, const void *addr, size_t len, struct hmm_migrate_result *res)
 {
-    struct migrate_call c = {.call.fn = run_to_device};
+    uintptr_t start, end;
     int r = api_enter();
     if (!r)
         r = check_result("hmm_migrate_to_device", res);
     if (!r)
-        r = page_range("hmm_migrate_to_device", addr, len, &c.start, &c.end);
+        r = page_range("hmm_migrate_to_device", addr, len, &start, &end);
     if (r)
         return r;
-    c.dev = device_get(handle);
-    if (!c.dev)
+    struct hmm_device *dev = device_get(handle);
+    if (!dev)
         return -ENODEV;
-    c.mm = c.dev->mm;
-    manager_call(&c.call);
-    device_put(c.dev);
-    if (c.result)
-        return hmm_fail(c.result, "migration of [%#lx, %#lx) to the device stopped: %s", (unsigned long)c.start,
-                        (unsigned long)c.end, hmm_strerror(c.result));
-    if (c.res.unmapped == (c.end - c.start) >> os_page_shift())
-        return hmm_fail(-EFAULT, "nothing is mapped in [%#lx, %#lx)", (unsigned long)c.start, (unsigned long)c.end);
-    give_result(res, &c.res);
+    struct migrate_call *c = new_record(sizeof(*c));
+    if (c) {
+        *c = (struct migrate_call){.call.fn = run_to_device, .dev = dev, .mm = dev->mm, .start = start, .end = end};
+        manager_call(&c->call);
+    }
+    device_put(dev);
+    struct hmm_migrate_result sum = c ? c->res : (struct hmm_migrate_result){0};
+    r = c ? c->result : -ENOMEM;
+    mem_free(c, sizeof(*c));
+    if (r)
+        return hmm_fail(r, "migration of [%#lx, %#lx) to the device stopped: %s", (unsigned long)start, (unsigned long)end,
+                        hmm_strerror(r));
+    if (sum.unmapped == (end - start) >> os_page_shift())
+        return hmm_fail(-EFAULT, "nothing is mapped in [%#lx, %#lx)", (unsigned long)start, (unsigned long)end);
+    give_result(res, &sum);
     return 0;
 }
 
@@ -112,7 +133,6 @@ static void run_to_system(struct call *call)
 
 int hmm_migrate_to_system(const void *addr, size_t len, struct hmm_migrate_result *res)
 {
-    struct migrate_call c[CALLS_MAX] = {0};
     struct hmm_migrate_result sum = {0};
     uintptr_t start, end;
     int r = api_enter();
@@ -125,6 +145,11 @@ int hmm_migrate_to_system(const void *addr, size_t len, struct hmm_migrate_resul
     struct mm *mm = manager_use();
     if (!mm)
         return -ENODEV;
+    struct migrate_call *c = new_record(CALLS_MAX * sizeof(*c));
+    if (!c) {
+        manager_unuse();
+        return hmm_fail(-ENOMEM, "no memory for a migration");
+    }
     unsigned n = end - start > SPLIT_BYTES ? manager_callers() : 1;
     uintptr_t part = ((end - start) / n + OS_BLOCK_SIZE - 1) & BLOCK_MASK;
     for (unsigned i = 0; i < n; i++) {
@@ -138,6 +163,7 @@ int hmm_migrate_to_system(const void *addr, size_t len, struct hmm_migrate_resul
         add_results(&sum, &c[i].res);
         r = r ? r : c[i].result;
     }
+    mem_free(c, CALLS_MAX * sizeof(*c));
     manager_unuse();
     if (r)
         return hmm_fail(r, "bringing [%#lx, %#lx) home stopped: %s", (unsigned long)start, (unsigned long)end, hmm_strerror(r));
@@ -149,11 +175,13 @@ int hmm_migrate_to_system(const void *addr, size_t len, struct hmm_migrate_resul
 
 /* ---- where is it ---- */
 
+#define QUERY_PAGES 512
+
 struct query_call {
     struct call call;
     struct mm *mm;
     uintptr_t start, end;
-    struct hmm_page_info *pages;
+    struct hmm_page_info pages[QUERY_PAGES];
     int result;
 };
 
@@ -162,8 +190,6 @@ static void run_query(struct call *call)
     struct query_call *c = container_of(call, struct query_call, call);
     c->result = inspect_query(c->mm, c->start, c->end, c->pages, device_handle);
 }
-
-#define QUERY_PAGES 512
 
 int64_t hmm_range_query(const void *addr, size_t len, struct hmm_page_info *pages, size_t max)
 {
@@ -179,20 +205,24 @@ int64_t hmm_range_query(const void *addr, size_t len, struct hmm_page_info *page
     struct mm *mm = manager_use();
     if (!mm)
         return -ENODEV;
+    struct query_call *c = new_record(sizeof(*c));
+    r = c ? 0 : -ENOMEM;
     while (start < end && !r) {
-        /* Filled into a buffer of our own: the caller's may be managed memory, which the library thread must not touch. */
-        struct hmm_page_info part[QUERY_PAGES];
         uintptr_t stop = (start & BLOCK_MASK) + OS_BLOCK_SIZE;
         stop = stop < end ? stop : end;
-        struct query_call c = {.call.fn = run_query, .mm = mm, .start = start, .end = stop, .pages = part};
-        manager_call(&c.call);
-        r = c.result;
+        c->call.fn = run_query;
+        c->mm = mm;
+        c->start = start;
+        c->end = stop;
+        manager_call(&c->call);
+        r = c->result;
         size_t k = (stop - start) >> os_page_shift();
         if (!r)
-            memcpy(pages, part, k * sizeof(*part));
+            memcpy(pages, c->pages, k * sizeof(*pages));
         pages += k;
         start = stop;
     }
+    mem_free(c, sizeof(*c));
     manager_unuse();
     return r ? hmm_fail(r, "hmm_range_query: %s", hmm_strerror(r)) : (int64_t)n;
 }
@@ -218,12 +248,20 @@ int hmm_audit(void)
     struct mm *mm = manager_use();
     if (!mm)
         return -ENODEV;
-    struct audit_call c = {.call.fn = run_audit, .mm = mm};
-    manager_call(&c.call);
+    struct audit_call *c = new_record(sizeof(*c));
+    if (!c) {
+        manager_unuse();
+        return hmm_fail(-ENOMEM, "no memory for an audit");
+    }
+    c->call.fn = run_audit;
+    c->mm = mm;
+    manager_call(&c->call);
+    r = c->violations;
+    if (r > 0)
+        hmm_fail(0, "%s", c->report.first);
+    mem_free(c, sizeof(*c));
     manager_unuse();
-    if (c.violations > 0)
-        hmm_fail(0, "%s", c.report.first);
-    return c.violations;
+    return r;
 }
 
 int hmm_stats(struct hmm_stats *stats)

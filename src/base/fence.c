@@ -91,6 +91,15 @@ void fence_complete(hmm_fence *fence, const struct hmm_job_status *status)
 
 /* ---- the public half ---- */
 
+bool (*fence_foreign)(void);
+
+static int check_own(const char *what)
+{
+    if (fence_foreign && fence_foreign())
+        return hmm_fail(-ESRCH, "%s: the fence is the parent process's; submit a job in this one", what);
+    return 0;
+}
+
 void hmm_fence_signal(hmm_fence *fence, int status)
 {
     fence_complete(fence, &(struct hmm_job_status){.status = status});
@@ -101,6 +110,9 @@ int hmm_fence_wait(hmm_fence *fence, int64_t timeout_ns)
     message_clear();
     if (!fence)
         return hmm_fail(-EINVAL, "hmm_fence_wait: the fence is NULL; pass the one that the submitting call returned");
+    int foreign = check_own("hmm_fence_wait");
+    if (foreign)
+        return foreign;
     int status = fence_wait(fence, timeout_ns);
     if (status == -EAGAIN && !fence_done(fence))
         return hmm_fail(-EAGAIN, "hmm_fence_wait: the job was not done after %lld ns; wait longer, or for ever with -1",
@@ -115,6 +127,9 @@ int hmm_fence_info(hmm_fence *fence, struct hmm_fence_info *info)
     message_clear();
     if (!fence)
         return hmm_fail(-EINVAL, "hmm_fence_info: the fence is NULL; pass the one that the submitting call returned");
+    int foreign = check_own("hmm_fence_info");
+    if (foreign)
+        return foreign;
     if (!info || info->size == 0)
         return hmm_fail(-EINVAL, "hmm_fence_info: no room for the answer; set info->size to sizeof(struct hmm_fence_info)");
     struct hmm_fence_info full = {.size = info->size, .status = -EINPROGRESS};
@@ -130,5 +145,7 @@ int hmm_fence_info(hmm_fence *fence, struct hmm_fence_info *info)
 
 void hmm_fence_put(hmm_fence *fence)
 {
+    if (fence_foreign && fence_foreign())
+        return;
     fence_put(fence);
 }

@@ -14,6 +14,10 @@ struct hmm_fence {
     char message[160];
 };
 
+/* Whether fences that this process holds are its parent's (in a child of fork, where their memory is not): the public calls give
+ * -ESRCH. Set by the manager. */
+extern bool (*fence_foreign)(void);
+
 /* One reference. NULL without memory. */
 hmm_fence *fence_new(void);
 /* A fence that lives on the stack or in a structure: no reference, no free. */

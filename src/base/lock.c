@@ -6,6 +6,7 @@
 #include "base/lock.h"
 
 #include <limits.h>
+#include <signal.h>
 #include <stdio.h>
 
 #include "base/futex.h"
@@ -17,6 +18,33 @@ void (*lock_report)(const char *line);
 
 THREAD_LOCAL uint32_t held;
 THREAD_LOCAL uint32_t blocks_held;
+
+/* ---- signals ---- */
+
+THREAD_LOCAL bool signals_never; /* a library thread: all signals are blocked for good */
+THREAD_LOCAL unsigned signals_depth;
+THREAD_LOCAL sigset_t signals_before;
+
+void signals_library_thread(void)
+{
+    signals_never = true;
+}
+
+void signals_block(void)
+{
+    sigset_t all;
+    if (signals_never || signals_depth++ > 0)
+        return;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &signals_before);
+}
+
+void signals_unblock(void)
+{
+    if (signals_never || --signals_depth > 0)
+        return;
+    pthread_sigmask(SIG_SETMASK, &signals_before, NULL);
+}
 
 static uint32_t bit(enum lock_rank rank)
 {
@@ -142,6 +170,8 @@ void lock_forget(void)
 {
     held = 0;
     blocks_held = 0;
+    signals_never = false;
+    signals_depth = 0;
 }
 
 void mutex_init(struct mutex *l, enum lock_rank rank)
@@ -157,6 +187,7 @@ void mutex_destroy(struct mutex *l)
 
 void mutex_lock(struct mutex *l)
 {
+    signals_block();
     check_take(l->rank);
     pthread_mutex_lock(&l->m);
     set_held(l->rank);
@@ -167,6 +198,7 @@ void mutex_unlock(struct mutex *l)
     check_drop(l->rank);
     clear_held(l->rank);
     pthread_mutex_unlock(&l->m);
+    signals_unblock();
 }
 
 void mutex_wait(struct mutex *l, const uint32_t *word, uint32_t seen)
@@ -199,6 +231,7 @@ void rwlock_destroy(struct rwlock *l)
 
 void rwlock_read_lock(struct rwlock *l)
 {
+    signals_block();
     check_take(l->rank);
     pthread_rwlock_rdlock(&l->rw);
     set_held(l->rank);
@@ -209,10 +242,12 @@ void rwlock_read_unlock(struct rwlock *l)
     check_drop(l->rank);
     clear_held(l->rank);
     pthread_rwlock_unlock(&l->rw);
+    signals_unblock();
 }
 
 void rwlock_write_lock(struct rwlock *l)
 {
+    signals_block();
     check_take(l->rank);
     pthread_rwlock_wrlock(&l->rw);
     set_held(l->rank);
@@ -223,4 +258,5 @@ void rwlock_write_unlock(struct rwlock *l)
     check_drop(l->rank);
     clear_held(l->rank);
     pthread_rwlock_unlock(&l->rw);
+    signals_unblock();
 }

@@ -16,6 +16,15 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+/*
+ * No signal handler of the program runs in a thread that holds one of our locks: it might touch the very memory that the lock's
+ * holder is needed for. Every lock blocks signals while it is held; a call that takes several blocks them once around. Nests.
+ * Library threads have all signals blocked for good, and say so once.
+ */
+void signals_block(void);
+void signals_unblock(void);
+void signals_library_thread(void);
+
 enum lock_rank {
     RANK_MANAGER = 1, /* opening and closing; outermost, held while threads start and stop */
     RANK_AS,          /* address space */

@@ -32,6 +32,7 @@ struct fault_work {
 static struct {
     struct hmm_thread *reader;
     struct workers workers;
+    struct workers limbo_worker; /* one: batches land in order, and behind nobody who waits for them */
     struct work limbo_work;
     int stop_fd;
     struct flight *flight;   /* the reader's own */
@@ -87,7 +88,7 @@ static void land_limbo(struct work *work, unsigned worker)
 static void limbo_ready(struct mm *mm)
 {
     (void)mm;
-    workers_queue(&pager.workers, &pager.limbo_work);
+    workers_queue(&pager.limbo_worker, &pager.limbo_work);
 }
 
 static void queue_window(struct mm *mm, struct window w)
@@ -101,7 +102,7 @@ static void queue_window(struct mm *mm, struct window w)
     mutex_unlock(&pager.lock);
     if (!fw) { /* every worker is waiting for a device: the fault comes again */
         os_sleep(50000);
-        os->uffd_wake(mm->uffd.fd, w.start, os_page_size());
+        os->uffd_wake(mm->uffd.fd, w.start, w.end - w.start);
         return;
     }
     fw->mm = mm;
@@ -313,9 +314,12 @@ int fault_start(struct mm *mm, unsigned n)
         if (!(pager.flights[i] = flight_new(mm)))
             goto free;
     mm->limbo_ready = limbo_ready;
-    r = workers_start(&pager.workers, "hmm-fault", n);
+    r = workers_start(&pager.limbo_worker, "hmm-limbo", 1);
     if (r)
         goto free;
+    r = workers_start(&pager.workers, "hmm-fault", n);
+    if (r)
+        goto stop_limbo;
     r = threads_call(open_stop, NULL);
     if (r < 0)
         goto stop_workers;
@@ -328,6 +332,8 @@ close_stop:
     threads_call(close_stop, NULL);
 stop_workers:
     workers_stop(&pager.workers);
+stop_limbo:
+    workers_stop(&pager.limbo_worker);
 free:
     mem_free(pager.zeros, page_bytes(ZERO_PAGES));
     mem_free(pager.flights, n * sizeof(*pager.flights));
@@ -338,7 +344,8 @@ void fault_stop(void)
 {
     threads_call(set_stop, NULL);
     hmm_thread_join(pager.reader);
-    workers_stop(&pager.workers); /* they land what the last events left */
+    workers_stop(&pager.workers);
+    workers_stop(&pager.limbo_worker); /* it lands what the last events left */
     threads_call(close_stop, NULL);
     mem_free(pager.zeros, page_bytes(ZERO_PAGES));
     mem_free(pager.flights, pager.nworkers * sizeof(*pager.flights));

@@ -62,7 +62,7 @@ static void audit_missing(struct audit *a, const struct block *b)
             for (uintptr_t addr = v[k].start; addr < v[k].end; addr += os_page_size())
                 if (block_entry(b, block_index(addr)) && os->uffd_pending(a->mm->uffd.fd) == 0)
                     violation(a, "page %#lx is away and present at once", (unsigned long)addr);
-        at = n == REGIONS ? v[n - 1].end : end;
+        at = n < 0 ? end : walked;
     }
 }
 

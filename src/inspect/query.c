@@ -27,7 +27,7 @@ static int scan_present(struct mm *mm, uintptr_t start, uintptr_t end, struct hm
             return n;
         for (int i = 0; i < n; i++)
             add_present(pages, start, &v[i]);
-        at = n == REGIONS ? v[n - 1].end : end;
+        at = walked;
     }
     return 0;
 }

@@ -35,14 +35,15 @@ static unsigned run_length(const struct flight *f, struct put_source src, unsign
 }
 
 /* The result of an incomplete MOVE is not believed: what is no longer in the slot has arrived. */
-static unsigned gone_from_slot(struct mm *mm, uintptr_t slot, unsigned n)
+static int gone_from_slot(struct mm *mm, uintptr_t slot, unsigned n)
 {
     struct os_region v;
     uintptr_t walked;
     int r = os->pagemap_scan(mm->pagemap_fd, slot, slot + page_bytes(n), &v, 1, &walked);
     if (r < 0)
-        return 0;
-    return r == 0 ? n : (v.start - slot) >> os_page_shift();
+        return -EAGAIN; /* not known: copying from where nothing may be any more would fault */
+    uintptr_t first = r > 0 ? v.start : walked;
+    return (int)((first - slot) >> os_page_shift());
 }
 
 /* One try: pages put from the start of the run (> 0) or an error about its first page. */
@@ -51,9 +52,9 @@ static int try_run(struct mm *mm, struct flight *f, const char *from, bool may_m
     *moved = false;
     if (may_move) {
         int64_t r = os->uffd_move(mm->uffd.fd, f->home[i], (uintptr_t)from, page_bytes(n));
-        unsigned k = r == (int64_t)page_bytes(n) ? n : gone_from_slot(mm, (uintptr_t)from, n);
+        int k = r == (int64_t)page_bytes(n) ? (int)n : gone_from_slot(mm, (uintptr_t)from, n);
         *moved = k > 0;
-        if (k > 0)
+        if (k != 0)
             return k;
         if (r == -EAGAIN || r == -ENOMEM)
             return r;
@@ -115,6 +116,8 @@ static int refused(struct mm *mm, struct flight *f, struct block *b, unsigned i,
         stat_add(&mm->stats.dropped, 1);
         return 0;
     }
+    if (os->uffd_pending(mm->uffd.fd) != 0)
+        return -EAGAIN;
     /* The registration is gone (another userfaultfd, an unregistering call): take it again. */
     return os->uffd_register(mm->uffd.fd, home, os_page_size()) ? -EAGAIN : 0;
 }
@@ -176,6 +179,7 @@ void restore_entries(struct mm *mm, struct flight *f)
         if (!b)
             continue;
         mutex_lock(&b->lock);
+        lru_touch(mm, b);
         block_set(b, block_index(f->home[i]), entry_make(ENTRY_DEVICE, f->dev->pagemap->id, f->page[i]));
         page_set_owner(&f->dev->pagemap->pages[f->page[i]], f->home[i]);
         mutex_unlock(&b->lock);

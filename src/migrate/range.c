@@ -95,6 +95,7 @@ int migrate_range_to_device(struct mm *mm, struct cursor *c)
         uintptr_t block_end = (c->at & BLOCK_MASK) + OS_BLOCK_SIZE;
         struct window w = {c->at, block_end < c->end ? block_end : c->end};
         struct obstacle o = {0};
+        r = 0;
         struct flight *f = get_flight(&p, &r);
         if (!f)
             break;
@@ -125,7 +126,12 @@ static int block_to_system(struct mm *mm, struct flight *f, struct hmm_device *d
                            struct hmm_migrate_result *res)
 {
     int first = 0;
-    while (depart_to_system(mm, f, dev, w, res)) {
+    for (;;) {
+        uint64_t pinned = res ? res->pinned : 0;
+        if (!depart_to_system(mm, f, dev, w, res))
+            break;
+        if (res)
+            res->pinned = pinned; /* the next look counts them again */
         int r = land_in_system(mm, f, true, res);
         first = first ? first : r;
         if (r)

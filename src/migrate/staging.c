@@ -8,6 +8,9 @@
 #include "base/alloc.h"
 #include "base/futex.h"
 #include "debug/inject.h"
+#include "os/own.h"
+
+#define RENEW_TRIES 100
 
 struct slots {
     char *base;
@@ -31,7 +34,7 @@ static unsigned map_flags(enum staging_kind kind)
 static void slots_exit(struct slots *s)
 {
     if (s->base)
-        os->unmap(s->base, s->n * OS_BLOCK_SIZE);
+        own_unmap(s->base, s->n * OS_BLOCK_SIZE);
     if (s->used)
         mem_free(s->used, s->n * sizeof(*s->used));
     if (s->registered)
@@ -47,7 +50,7 @@ static int slots_init(struct slots *s, enum staging_kind kind, unsigned n)
     s->registered = mem_alloc(n * sizeof(*s->registered));
     if (!s->used || !s->registered)
         return -ENOMEM;
-    int r = os->map(n * OS_BLOCK_SIZE, OS_BLOCK_SIZE, map_flags(kind), &base);
+    int r = own_map(n * OS_BLOCK_SIZE, OS_BLOCK_SIZE, map_flags(kind), &base);
     s->base = base;
     return r;
 }
@@ -74,8 +77,9 @@ void staging_exit(struct mm *mm)
 {
     struct slots *out = &staging.kinds[STAGING_OUT];
     for (unsigned i = 0; i < out->n; i++)
-        if (out->registered[i])
-            os->uffd_unregister(mm->uffd.fd, (uintptr_t)out->base + i * OS_BLOCK_SIZE, OS_BLOCK_SIZE);
+        /* Unmapping what is registered would wait for a reader that has ended. */
+        for (unsigned tries = 0; tries < RENEW_TRIES && out->registered[i]; tries++)
+            out->registered[i] = os->uffd_unregister(mm->uffd.fd, (uintptr_t)out->base + i * OS_BLOCK_SIZE, OS_BLOCK_SIZE) != 0;
     for (int k = 0; k < STAGING_KINDS; k++)
         slots_exit(&staging.kinds[k]);
     mutex_destroy(&staging.lock);
@@ -126,6 +130,18 @@ void *staging_get(struct mm *mm, enum staging_kind kind, bool wait)
     return slot;
 }
 
+/* A failure leaves the place without access: tried again for a while. */
+static int renew(void *slot, enum staging_kind kind)
+{
+    int r = -ENOMEM;
+    for (unsigned tries = 0; tries < RENEW_TRIES && r; tries++) {
+        if (tries)
+            os_sleep(1000000);
+        r = os->remap_fresh(slot, OS_BLOCK_SIZE, map_flags(kind));
+    }
+    return r;
+}
+
 void staging_put(struct mm *mm, enum staging_kind kind, void *slot)
 {
     struct slots *s = &staging.kinds[kind];
@@ -136,9 +152,11 @@ void staging_put(struct mm *mm, enum staging_kind kind, void *slot)
     if (!mutate("staging-leak")) {
         /* Fresh page tables too: a whole huge page can only be moved to where no page table stands. While the slot could not be
          * unregistered, dropping its pages raises an event, which our reader takes: slower, not wrong. */
-        int r = s->registered[i] ? -EBUSY : os->remap_fresh(slot, OS_BLOCK_SIZE, map_flags(kind));
-        if (r)
-            os->advise(slot, OS_BLOCK_SIZE, OS_ADVISE_DONTNEED);
+        int r = s->registered[i] ? os->advise(slot, OS_BLOCK_SIZE, OS_ADVISE_DONTNEED) : renew(slot, kind);
+        if (r) {
+            hmm_log(HMM_LOG_ERROR, "a staging slot cannot be renewed (%s): it is not used any more", hmm_strerror(r));
+            return;
+        }
     }
     give_slot(s, i);
 }

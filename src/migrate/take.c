@@ -12,6 +12,7 @@
 #include "debug/inject.h"
 
 #define REGIONS 64
+#define SCAN_TRIES 10000
 
 struct take {
     struct mm *mm;
@@ -70,6 +71,17 @@ static void take_one(struct take *t, unsigned i, enum flight_page how, enum take
     block_set(t->b, i, entry_make(ENTRY_FLIGHT, t->f->id, i));
 }
 
+/* What stands in the slot has left the program already: the scan must not fail. It allocates next to nothing, so it does not for long. */
+static int scan_slot(struct mm *mm, uintptr_t at, uintptr_t end, struct os_region *v, uintptr_t *walked)
+{
+    int r = -1;
+    for (unsigned tries = 0; tries < SCAN_TRIES && r < 0; tries++)
+        r = os->pagemap_scan(mm->pagemap_fd, at, end, v, REGIONS, walked);
+    if (r < 0)
+        hmm_log(HMM_LOG_ERROR, "pages in transit cannot be found (PAGEMAP_SCAN: %s)", hmm_strerror(r));
+    return r;
+}
+
 /*
  * Takes those of pages [i, i+n) that stand in the slot, as what they are there: a page that was the zero page when it was scanned
  * may have been written before it was moved. Returns the first index that does not stand there.
@@ -80,7 +92,7 @@ static unsigned believe_slot(struct take *t, unsigned i, unsigned n)
     struct os_region v[REGIONS];
     unsigned first_missing = i;
     while (at < end) {
-        int r = os->pagemap_scan(t->mm->pagemap_fd, at, end, v, REGIONS, &walked);
+        int r = scan_slot(t->mm, at, end, v, &walked);
         for (int k = 0; k < r; k++) {
             enum flight_page how = v[k].flags & OS_PG_ZERO ? FLIGHT_CLEAR : FLIGHT_COPY;
             unsigned from = (v[k].start - slot) >> os_page_shift(), to = (v[k].end - slot) >> os_page_shift();
@@ -90,7 +102,9 @@ static unsigned believe_slot(struct take *t, unsigned i, unsigned n)
             if (from == first_missing)
                 first_missing = to;
         }
-        at = r == REGIONS ? v[r - 1].end : end;
+        if (r < 0)
+            break;
+        at = walked;
     }
     return first_missing;
 }
@@ -172,12 +186,8 @@ static int take_part(struct take *t, uintptr_t start, uintptr_t end)
                 return r;
             at = v[k].end;
         }
-        if (n == REGIONS) {
-            start = at;
-            continue;
-        }
-        take_absent(t, at, end);
-        start = end;
+        take_absent(t, at, walked);
+        start = walked;
     }
     return 0;
 }

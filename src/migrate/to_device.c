@@ -27,7 +27,7 @@ static unsigned assign_pages(struct flight *f, uint8_t *pages, unsigned wanted)
     uint64_t used = 0;
     int64_t got = pagemap_alloc(f->dev->pagemap, wanted, runs, RUNS, &nruns);
     if (got < 0)
-        got = 0;
+        got = 0; /* closing: nothing finds room */
     unsigned lacking = wanted - got;
     for (unsigned i = f->first; i < f->end; i++) {
         if (pages[i] != TAKE_WANTED)

@@ -47,10 +47,10 @@ unsigned depart_to_system(struct mm *mm, struct flight *f, struct hmm_device *de
         if (entry_kind(e) != ENTRY_DEVICE)
             continue;
         struct hmm_device *on = pagemap_by_id(entry_id(e))->dev;
-        if (!f->dev)
-            f->dev = on;
-        if (on == f->dev)
-            taken += take_entry(mm, f, b, i, res);
+        if ((f->dev && on != f->dev) || !take_entry(mm, f, b, i, res))
+            continue;
+        f->dev = on; /* of the first that can go: pinned pages of another device must not stand in the way */
+        taken++;
     }
     f->huge = b->huge && taken == block_pages();
     b->huge = b->huge && taken == 0;
@@ -152,7 +152,10 @@ int land_in_system(struct mm *mm, struct flight *f, bool blockable, struct hmm_m
         restore_entries(mm, f);
     }
     flight_end_invalidation(mm, f);
-    wake_homes(mm, f);
+    if (r == -EAGAIN && !blockable)
+        flight_landed(mm); /* the sleepers stay asleep: a worker will bring their pages and wake them */
+    else
+        wake_homes(mm, f);
     free_done(f);
     stat_add(&mm->stats.pages_to_system, home);
     stat_add(&mm->stats.bytes_to_system, (uint64_t)home << os_page_shift());

@@ -11,6 +11,7 @@
 
 #include "debug/inject.h"
 #include "mm/mm.h"
+#include "os/own.h"
 
 void tcb_list_read(struct tcb_list *list)
 {
@@ -21,30 +22,57 @@ void tcb_list_read(struct tcb_list *list)
         hmm_log(HMM_LOG_WARNING, "more than %d threads: control blocks of some are not known and might migrate", max);
 }
 
-/* The kernel writes the robust list's futexes and, near its head in every known C library, the thread id. */
-#define TCB_NEAR 256
+/*
+ * What the kernel writes around the head of a thread's robust list: the thread id just before it (at thread exit, without faulting),
+ * and the rseq area behind it (when the thread is preempted; where userfaultfd is user-mode-only, a missing page there is a
+ * SIGSEGV). Distances are those of glibc with room to spare.
+ */
+#define TCB_BELOW 16384 /* thread-local data of the main thread, ours among them, stands below its control block */
+#define TCB_ABOVE 3072
 
 static bool near_tcb(uintptr_t addr, uintptr_t tcb)
 {
     uintptr_t mask = ~(uintptr_t)(os_page_size() - 1);
-    return addr >= ((tcb - TCB_NEAR) & mask) && addr <= ((tcb + TCB_NEAR) & mask);
+    return addr >= ((tcb - TCB_BELOW) & mask) && addr <= ((tcb + TCB_ABOVE) & mask);
 }
 
+/* The main thread's control block stands in memory that may also be the program's; other threads' in their stacks. */
 static bool is_tcb(uintptr_t addr, const struct tcb_list *tcbs)
 {
-    for (unsigned i = 0; i < tcbs->n; i++)
-        if (near_tcb(addr, tcbs->at[i]))
+    return tcbs->n > 0 && near_tcb(addr, tcbs->at[0]);
+}
+
+/* Thread stacks stay: the kernel writes to them without faulting at thread exit, and library threads read what callers have there.
+ * So does the memory that holds our own static data. */
+static bool holds_stack_or_state(const struct mm *mm, const struct os_vma *vma, const struct tcb_list *tcbs)
+{
+    for (unsigned i = 1; i < tcbs->n; i++)
+        if (tcbs->at[i] >= vma->start && tcbs->at[i] < vma->end)
             return true;
-    return false;
+    return (uintptr_t)mm >= vma->start && (uintptr_t)mm < vma->end;
+}
+
+/* Cuts [addr, *part_end) where an own mapping begins; true: it begins here. */
+static bool is_own(uintptr_t addr, uintptr_t *part_end)
+{
+    uintptr_t start, end;
+    if (!own_overlap(addr, *part_end, &start, &end))
+        return false;
+    if (start > addr) {
+        *part_end = start;
+        return false;
+    }
+    if (end < *part_end)
+        *part_end = end;
+    return true;
 }
 
 /* How far from addr the same answer to is_tcb holds; cheap when no control block is in the block. */
 static uintptr_t tcb_part_end(uintptr_t addr, uintptr_t end, const struct tcb_list *tcbs)
 {
-    bool answer = is_tcb(addr, tcbs), any = answer;
-    for (unsigned i = 0; i < tcbs->n && !any; i++)
-        any = tcbs->at[i] + os_page_size() * 2 >= addr && tcbs->at[i] < end + os_page_size() * 2;
-    if (!any)
+    bool answer = is_tcb(addr, tcbs);
+    uintptr_t tcb = tcbs->n ? tcbs->at[0] : 0, far = TCB_BELOW + os_page_size();
+    if (!answer && (tcb + far < addr || tcb > end + far))
         return end;
     uintptr_t at = addr + os_page_size();
     while (at < end && is_tcb(at, tcbs) == answer)
@@ -65,6 +93,8 @@ enum arm_verdict mm_verdict(struct mm *mm, uintptr_t addr, uintptr_t end, const 
     if (vma.end < end)
         *part_end = vma.end;
     if (!vma.anonymous || vma.shared || !vma.read || !vma.write || vma.exec || vma.stack || vma.special)
+        return ARM_UNMOVABLE;
+    if (holds_stack_or_state(mm, &vma, tcbs) || is_own(addr, part_end))
         return ARM_UNMOVABLE;
     *part_end = tcb_part_end(addr, *part_end, tcbs);
     return is_tcb(addr, tcbs) ? ARM_UNMOVABLE : ARM_OK;
@@ -138,8 +168,16 @@ bool mm_disarm(struct mm *mm, struct block *b)
     unsigned i = 0, n = block_armed_run(b, &i);
     if (n && os->uffd_pending(mm->uffd.fd) != 0)
         return false;
-    for (; n; i += n, n = block_armed_run(b, &i))
-        disarm_run(mm, block_addr(b, i), block_addr(b, i + n));
+    for (; n; i += n, n = block_armed_run(b, &i)) {
+        uintptr_t start = block_addr(b, i), end = block_addr(b, i + n);
+        disarm_run(mm, start, end);
+        if (os->uffd_pending(mm->uffd.fd) != 0) { /* it may have come in between: take the registration again at once */
+            os->uffd_register(mm->uffd.fd, start, end - start);
+            os->advise((void *)start, end - start, OS_ADVISE_DONTFORK);
+            return false;
+        }
+        block_arm(b, i, n, false);
+    }
     lru_remove(mm, b);
     pagetable_remove(&mm->pt, b);
     return true;

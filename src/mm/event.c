@@ -22,6 +22,8 @@ static void drop_page(struct mm *mm, struct block *b, unsigned i, struct limbo *
         chain_add(&l->chain, entry_id(e), entry_page(e));
     else if (entry_kind(e) == ENTRY_FLIGHT && !mutate("event-drop-flight"))
         mm->flights[entry_id(e)]->home[entry_page(e)] = 0;
+    if (entry_kind(e) == ENTRY_FLIGHT) /* whoever lands it does not know this address any more */
+        os->uffd_wake(mm->uffd.fd, block_addr(b, i), os_page_size());
     if (e) {
         block_set(b, i, 0);
         stat_add(&mm->stats.dropped, 1);
@@ -121,7 +123,11 @@ static unsigned discard_pass(struct mm *mm, uintptr_t start, uintptr_t end)
             os->uffd_move(mm->discard_uffd.fd, to, v[i].start, v[i].end - v[i].start);
             present++;
         }
-        at = n == (int)ARRAY_LEN(v) ? v[n - 1].end : end;
+        if (n < 0) {
+            present++; /* look again */
+            break;
+        }
+        at = walked;
     }
     if (present)
         os->advise(mm->discard, OS_BLOCK_SIZE, OS_ADVISE_DONTNEED);
@@ -191,6 +197,7 @@ static void move_page(struct mm *mm, struct block *b, unsigned i, uintptr_t to)
         lru_touch(mm, d);
     } else if (entry_kind(e) == ENTRY_FLIGHT) {
         mm->flights[entry_id(e)]->home[entry_page(e)] = to;
+        os->uffd_wake(mm->uffd.fd, block_addr(b, i), os_page_size());
     }
 }
 

@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "base/alloc.h"
-#include "debug/inject.h"
+#include "os/own.h"
 
 #define POOL_FLIGHTS 48
 
@@ -73,7 +73,7 @@ int mm_init(struct mm *mm)
     r = make_flights(mm);
     if (r)
         goto free_flights;
-    r = os->map(OS_BLOCK_SIZE, OS_BLOCK_SIZE, OS_MAP_NOHUGE, &mm->discard);
+    r = own_map(OS_BLOCK_SIZE, OS_BLOCK_SIZE, OS_MAP_NOHUGE, &mm->discard);
     if (r)
         goto free_flights;
     r = os->uffd_register(mm->discard_uffd.fd, (uintptr_t)mm->discard, OS_BLOCK_SIZE);
@@ -82,7 +82,7 @@ int mm_init(struct mm *mm)
     return 0;
 
 unmap_discard:
-    os->unmap(mm->discard, OS_BLOCK_SIZE);
+    own_unmap(mm->discard, OS_BLOCK_SIZE);
 free_flights:
     flight_free_all(mm);
     pagetable_exit(&mm->pt);
@@ -102,7 +102,7 @@ void mm_exit(struct mm *mm)
     for (struct block *b; (b = pagetable_next(&mm->pt, 0, UINTPTR_MAX)) && mm_disarm(mm, b);)
         ;
     rwlock_write_unlock(&mm->as);
-    os->unmap(mm->discard, OS_BLOCK_SIZE);
+    own_unmap(mm->discard, OS_BLOCK_SIZE);
     flight_free_all(mm);
     pagetable_exit(&mm->pt);
     close_descriptors(mm);

@@ -123,7 +123,7 @@ struct mm {
     struct limbo limbo[LIMBO_BATCHES];
     uint32_t remaps_pending; /* futex: remaps in batches that have not landed */
     uint32_t landing_waiters;
-    uint32_t landings;       /* futex: some flight landed; waiters for FLIGHT entries look again */
+    uint32_t landings; /* futex: some flight landed; waiters for FLIGHT entries look again */
 
     struct {
         uintptr_t start, end;
@@ -151,7 +151,7 @@ enum arm_verdict { ARM_OK, ARM_UNMAPPED, ARM_UNMOVABLE };
 
 /* Pages that the kernel writes at thread exit without faulting (design fact 17): they never leave. */
 struct tcb_list {
-    unsigned n;
+    unsigned n; /* the main thread is the first */
     uintptr_t at[256];
 };
 void tcb_list_read(struct tcb_list *list);

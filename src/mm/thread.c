@@ -90,6 +90,7 @@ static void *root_main(void *arg)
 {
     (void)arg;
     prctl(PR_SET_NAME, "hmm-root");
+    signals_library_thread();
     log_library_thread();
     unsigned slot = register_thread("hmm-root");
     mutex_lock(&threads.lock);
@@ -132,6 +133,7 @@ static void *log_main(void *arg)
 {
     (void)arg;
     prctl(PR_SET_NAME, "hmm-log");
+    signals_library_thread();
     unsigned slot = register_thread("hmm-log");
     const uint32_t *word = log_pending_word();
     log_draining(true);
@@ -194,6 +196,7 @@ static void *thread_main(void *arg)
 {
     struct hmm_thread *t = arg;
     prctl(PR_SET_NAME, t->name);
+    signals_library_thread();
     log_library_thread();
     t->slot = register_thread(t->name);
     t->fn(t->arg);
@@ -260,6 +263,7 @@ int workers_start(struct workers *w, const char *name, unsigned n)
     mutex_init(&w->lock, RANK_QUEUE);
     list_init(&w->queue);
     w->threads = mem_alloc(n * sizeof(*w->threads));
+    w->room = n;
     int r = w->threads ? 0 : -ENOMEM;
     for (; w->n < n && !r; w->n += r == 0)
         r = hmm_thread_start(&w->threads[w->n], name, worker_main, w);
@@ -277,7 +281,8 @@ void workers_stop(struct workers *w)
     futex_wake(&w->word, INT_MAX);
     for (unsigned i = 0; i < w->n; i++)
         hmm_thread_join(w->threads[i]);
-    mem_free(w->threads, w->n * sizeof(*w->threads));
+    if (w->threads)
+        mem_free(w->threads, w->room * sizeof(*w->threads));
     mutex_destroy(&w->lock);
 }
 

@@ -36,6 +36,7 @@ struct workers {
     uint32_t word; /* futex: moves when work was queued or at the end */
     bool stopping;
     unsigned n, started;
+    unsigned room; /* of threads */
     struct hmm_thread **threads;
 };
 

@@ -26,7 +26,8 @@ struct page_desc {
     uint16_t pins; /* each pin also holds a reference */
     uint32_t refs;
 };
-_Static_assert(sizeof(struct page_desc) == 12, "24 bytes a migrated page: 12 here, 8 in the page table, the rest for the block");
+_Static_assert(sizeof(struct page_desc) == 12,
+               "24 bytes a migrated page: 12 here, 8 in the page table, the rest for the block");
 
 /* The address of the one user page it backs, or 0: the reverse mapping. Its user's to set; 0 when free. Below 2^60, a multiple of
  * 4 KiB. */

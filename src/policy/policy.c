@@ -52,9 +52,8 @@ struct policy_range policy_cpu_fault(struct policy_streams *st, const struct pol
     if (r.end > in->pages)
         r.end = in->pages;
     st->s[i].next = in->number - in->page + r.end;
-    st->s[i].window = continues && window < in->pages ? window : r.end - r.first;
-    if (st->s[i].window > in->pages)
-        st->s[i].window = in->pages;
+    /* Not what the end of the block left of it: the stream goes on in the next one. */
+    st->s[i].window = in->huge || window > in->pages ? in->pages : window;
     st->s[i].used = ++st->clock;
     return r;
 }

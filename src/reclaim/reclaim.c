@@ -53,14 +53,15 @@ static uintptr_t victim(struct mm *mm, struct hmm_device *dev, uintptr_t keep)
 uint64_t reclaim_make_room(struct mm *mm, struct hmm_device *dev, uint64_t pages, uintptr_t keep)
 {
     uint64_t freed = 0;
-    while (freed < pages) {
+    unsigned failures = 0;
+    while (freed < pages && !__atomic_load_n(&dev->pagemap->dying, __ATOMIC_ACQUIRE)) {
         uintptr_t base = victim(mm, dev, keep);
         if (!base)
             break;
         struct hmm_migrate_result res = {0};
         migrate_range_to_system(mm, dev, base, base + OS_BLOCK_SIZE, &res);
-        if (res.moved == 0)
-            break; /* pinned or failing: the caller goes on with less */
+        if (res.moved == 0 && ++failures > 8)
+            break; /* pinned, failing, or evicted by others each time: the caller goes on with less */
         freed += res.moved;
         stat_add(&mm->stats.evicted, res.moved);
     }

@@ -16,7 +16,7 @@ static unsigned log_lines[HMM_LOG_DEBUG + 1];
 
 const char *spec_with(const char *options)
 {
-    static char spec[256];
+    static __thread char spec[256];
     const char *env = getenv("HMM_TEST_DEVICE");
     const char *base = env && *env ? env : "soft:memory=64M";
     const char *colon = strchr(base, ':');

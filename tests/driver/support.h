@@ -38,7 +38,7 @@
 
 extern hmm_dev device; /* the test's own */
 
-/* "memory=8M" etc. over the spec of the environment; static storage. */
+/* "memory=8M" etc. over the spec of the environment; valid until the thread's next call. */
 const char *spec_with(const char *options);
 hmm_dev open_with(const char *options);
 /* Audits, then closes. */

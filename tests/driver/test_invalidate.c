@@ -110,7 +110,7 @@ static void touches_of_absent_memory_are_not_held_up(void **state)
     struct touch t;
     memset(held, 7, BLOCK);
     device_crc(slow, held, BLOCK);
-    assert_int_equal(hmm_migrate_to_device(quick, sparse, page_size(), NULL), 0);
+    assert_int_equal(hmm_migrate_to_device(quick, sparse, BLOCK, NULL), 0);
     start_touch(&t, held);
     uint64_t before = now_ms();
     while (now_ms() - before < DELAY_MS / 4) { /* from before the invalidation on */

@@ -12,6 +12,7 @@
 #include "stress.h"
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <sched.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -27,7 +28,7 @@ static char *arena;
 static size_t page;
 static pthread_mutex_t locks[PAGES];
 static uint64_t version[PAGES];
-static volatile int stop;
+static atomic_int stop;
 static hmm_dev dev;
 static uint64_t seed;
 static struct {

@@ -423,7 +423,7 @@ static void test_metadata_is_accounted(void **state)
     (void)state;
     struct pagemap *pm = make(100000, NULL, NULL);
     uint64_t bytes = pagemap_metadata_bytes(pm);
-    assert_true(bytes >= 100000 * 16 && bytes <= 100000 * 16 + 100000 / 3 + 4096);
+    assert_true(bytes >= 100000 * 12 && bytes <= 100000 * 12 + 100000 / 3 + 4096);
     assert_true(mem_used() >= bytes && mem_used() <= bytes + 16384);
     finish(pm);
 }

@@ -1,0 +1,166 @@
+/* SPDX-License-Identifier: MIT */
+/* What to bring along with a faulting page: the windows of device faults and of CPU faults. Pure functions. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include "policy/policy.h"
+
+#define PAGES 512u
+#define MANY ((uint64_t)1 << 20) /* a device that is never short */
+
+static struct policy_range device(unsigned page, unsigned on_device, unsigned previous, bool huge, uint64_t device_pages)
+{
+    return policy_device_fault(&(struct policy_device_fault){PAGES, page, on_device, previous, huge, device_pages});
+}
+
+static struct policy_range cpu(struct policy_streams *st, uintptr_t number, bool huge)
+{
+    return policy_cpu_fault(st, &(struct policy_cpu_fault){PAGES, number % PAGES, number, huge});
+}
+
+static void assert_range(struct policy_range r, unsigned first, unsigned end)
+{
+    assert_int_equal(r.first, first);
+    assert_int_equal(r.end, end);
+}
+
+static void a_lone_device_fault_brings_64_kib(void **state)
+{
+    (void)state;
+    assert_range(device(0, 0, 0, false, MANY), 0, 16);
+    assert_range(device(17, 0, 0, false, MANY), 16, 32);
+    assert_range(device(511, 0, 0, false, MANY), 496, 512);
+}
+
+static void a_window_grows_with_what_is_there(void **state)
+{
+    (void)state;
+    assert_range(device(40, 8, 0, false, MANY), 32, 48);
+    assert_range(device(40, 16, 0, false, MANY), 32, 64);
+    assert_range(device(200, 100, 0, false, MANY), 0, 256);
+    assert_range(device(200, 129, 0, false, MANY), 0, 512);
+    assert_range(device(200, 511, 0, false, MANY), 0, 512);
+}
+
+static void a_full_block_before_brings_the_whole_block(void **state)
+{
+    (void)state;
+    assert_range(device(0, 0, 384, false, MANY), 0, 512);
+    assert_range(device(0, 0, 383, false, MANY), 0, 16);
+}
+
+static void a_huge_page_comes_whole(void **state)
+{
+    (void)state;
+    assert_range(device(300, 0, 0, true, MANY), 0, 512);
+}
+
+static void a_window_is_never_more_than_a_quarter_of_the_device(void **state)
+{
+    (void)state;
+    assert_range(device(300, 0, 0, true, 1024), 256, 512);
+    assert_range(device(300, 0, 0, true, 1023), 256, 384);
+    assert_range(device(300, 511, 512, true, 16), 300, 304);
+    for (uint64_t pages = 1; pages < 8; pages++) /* no quarter, but the page itself */
+        assert_range(device(300, 0, 0, true, pages), 300, 301);
+}
+
+/* For every argument: in the block, with the page, of a power of two, aligned to itself. */
+static void every_device_window_holds_its_page(void **state)
+{
+    (void)state;
+    for (unsigned page = 0; page < PAGES; page += 7)
+        for (unsigned on = 0; on <= PAGES; on += 13)
+            for (uint64_t pages = 1; pages < 5000; pages = pages * 3 + 1) {
+                struct policy_range r = device(page, on, on / 2, on % 2, pages);
+                unsigned n = r.end - r.first;
+                assert_true(r.first <= page && page < r.end && r.end <= PAGES);
+                assert_true((n & (n - 1)) == 0 && r.first % n == 0);
+                assert_true(n == 1 || n <= pages / 4);
+            }
+}
+
+static void a_lone_cpu_fault_brings_its_page(void **state)
+{
+    struct policy_streams st = {0};
+    (void)state;
+    assert_range(cpu(&st, 1000, false), 1000 % PAGES, 1000 % PAGES + 1);
+    assert_range(cpu(&st, 5000, false), 5000 % PAGES, 5000 % PAGES + 1);
+    assert_range(cpu(&st, 900, false), 900 % PAGES, 900 % PAGES + 1); /* backwards is no stream */
+}
+
+static void a_stream_doubles_up_to_the_block(void **state)
+{
+    struct policy_streams st = {0};
+    uintptr_t at = 3 * PAGES;
+    unsigned expected = 1;
+    (void)state;
+    while (at < 20 * PAGES) {
+        struct policy_range r = cpu(&st, at, false);
+        unsigned left = PAGES - at % PAGES, n = r.end - r.first;
+        assert_int_equal(r.first, at % PAGES);
+        assert_int_equal(n, expected < left ? expected : left);
+        at += n;
+        expected = expected * 2 > PAGES ? PAGES : expected * 2;
+    }
+    assert_range(cpu(&st, at, false), 0, PAGES);
+}
+
+static void streams_do_not_disturb_each_other(void **state)
+{
+    struct policy_streams st = {0};
+    uintptr_t at[POLICY_STREAMS];
+    (void)state;
+    for (unsigned i = 0; i < POLICY_STREAMS; i++)
+        at[i] = (uintptr_t)(i + 1) * 1000 * PAGES;
+    for (unsigned round = 0; round < 7; round++)
+        for (unsigned i = 0; i < POLICY_STREAMS; i++) {
+            struct policy_range r = cpu(&st, at[i], false);
+            assert_int_equal(r.end - r.first, 1u << round);
+            at[i] += r.end - r.first;
+        }
+}
+
+static void the_oldest_stream_makes_room(void **state)
+{
+    struct policy_streams st = {0};
+    (void)state;
+    for (unsigned i = 0; i <= POLICY_STREAMS; i++) /* one more than there is room for: the first is forgotten */
+        cpu(&st, (uintptr_t)(i + 1) * 1000 * PAGES, false);
+    for (unsigned i = POLICY_STREAMS; i >= 1; i--) {
+        struct policy_range r = cpu(&st, (uintptr_t)(i + 1) * 1000 * PAGES + 1, false);
+        assert_int_equal(r.end - r.first, 2);
+    }
+    struct policy_range r = cpu(&st, (uintptr_t)1000 * PAGES + 1, false);
+    assert_int_equal(r.end - r.first, 1);
+}
+
+static void a_huge_page_comes_home_whole_and_the_stream_goes_on_behind_it(void **state)
+{
+    struct policy_streams st = {0};
+    (void)state;
+    assert_range(cpu(&st, 4 * PAGES + 77, true), 0, PAGES);
+    assert_range(cpu(&st, 5 * PAGES, false), 0, PAGES);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_lone_device_fault_brings_64_kib),
+        cmocka_unit_test(a_window_grows_with_what_is_there),
+        cmocka_unit_test(a_full_block_before_brings_the_whole_block),
+        cmocka_unit_test(a_huge_page_comes_whole),
+        cmocka_unit_test(a_window_is_never_more_than_a_quarter_of_the_device),
+        cmocka_unit_test(every_device_window_holds_its_page),
+        cmocka_unit_test(a_lone_cpu_fault_brings_its_page),
+        cmocka_unit_test(a_stream_doubles_up_to_the_block),
+        cmocka_unit_test(streams_do_not_disturb_each_other),
+        cmocka_unit_test(the_oldest_stream_makes_room),
+        cmocka_unit_test(a_huge_page_comes_home_whole_and_the_stream_goes_on_behind_it),
+    };
+    return cmocka_run_group_tests_name("policy", tests, NULL, NULL);
+}
