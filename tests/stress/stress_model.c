@@ -5,7 +5,7 @@
  *
  * stress_model [seconds] [seed]
  *
- * With HMM_DEBUG=inject a call may fail, with an errno and words, and a job that failed may have done a part of its work: then the
+ * With HMM_DEBUG=inject=2 (with more per mille the manager hardly ever starts) a call may fail, with an errno and words, and a job that failed may have done a part of its work: then the
  * bytes in its range are either the old or the new ones. Everything else holds as without.
  */
 #include "stress.h"
@@ -396,11 +396,15 @@ static void log_line(enum hmm_log_level level, const char *line, void *arg)
 /* A manager that fails to start starts the same sequence of failures again: it gets another seed. */
 static void open_device(int i, const char *spec)
 {
-    do {
+    for (int tries = 0;; tries++) {
         struct hmm_config config = {.size = sizeof(config), .seed = next_random(&state) | 1};
         if (i == 0)
             REQUIRE(hmm_configure(&config));
-    } while (!worked("open", hmm_device_open(spec, &devs[i])));
+        if (worked("open", hmm_device_open(spec, &devs[i])))
+            return;
+        if (tries == 200)
+            wrong("the device cannot be opened: %s", hmm_last_message());
+    }
 }
 
 static void set_up(int argc, char **argv)
