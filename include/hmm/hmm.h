@@ -58,7 +58,8 @@ struct hmm_config {
     uint32_t fault_workers; /* threads for CPU faults that must wait for a device; default 4, 1..64 */
     uint64_t staging_bytes; /* bound of system memory used in transit; default 32 MiB, 4 MiB..1 GiB, rounded to blocks */
     uint64_t seed;          /* of injection and policy; default from the clock, logged */
-    const char *debug;      /* comma-separated: validate, inject[=per-mille]; default: environment HMM_DEBUG */
+    const char *debug;      /* comma-separated: validate (audit after each migration call, violations
+                             * are logged), inject[=per-mille]; default: environment HMM_DEBUG */
 };
 
 /* Takes effect at the next manager start. -EBUSY while a device is open, -EINVAL for a value out of range. */

@@ -20,7 +20,7 @@
 #define CALLERS 2       /* threads for explicit migrations */
 #define FAULT_WORKERS 4 /* default */
 #define FAULT_WORKERS_MAX 64
-#define INJECT_PERMILLE 20 /* of HMM_DEBUG=inject without a number */
+#define INJECT_PERMILLE 2 /* of HMM_DEBUG=inject without a number: starting makes some 240 calls that may fail */
 
 static struct {
     pthread_mutex_t lock; /* start, stop, configuration: outermost (RANK_MANAGER); static, so not a struct mutex */
@@ -30,7 +30,8 @@ static struct {
     uint32_t running;     /* atomic */
     struct hmm_config config;
     char debug[64];
-    bool memory; /* the allocator has chunks */
+    bool validate; /* audit after every migration that the program asks for */
+    bool memory;   /* the allocator has chunks */
     struct mm mm;
     struct workers callers;
 } manager = {.lock = PTHREAD_MUTEX_INITIALIZER};
@@ -137,6 +138,7 @@ static void start_debug(void)
     const char *seed_text = getenv("HMM_SEED");
     if (!manager.config.seed && seed_text)
         seed = strtoull(seed_text, NULL, 0);
+    manager.validate = false;
     while (text && *text) {
         size_t n = strcspn(text, ",");
         if (n >= 6 && !strncmp(text, "inject", 6)) {
@@ -147,7 +149,9 @@ static void start_debug(void)
             inject_start(&c);
             hmm_log(HMM_LOG_WARNING, "injection is on: seed %llu (HMM_SEED repeats it), %u per mille", (unsigned long long)seed,
                     permille);
-        } else if (n != 8 || strncmp(text, "validate", 8)) {
+        } else if (n == 8 && !strncmp(text, "validate", 8)) {
+            manager.validate = true;
+        } else {
             hmm_log(HMM_LOG_WARNING, "HMM_DEBUG: '%.*s' is not known (inject[=N], validate): ignored", (int)n, text);
         }
         text += n + (text[n] == ',');
@@ -351,6 +355,11 @@ void manager_call(struct call *c)
 {
     manager_start_call(c);
     manager_wait_call(c);
+}
+
+bool manager_validates(void)
+{
+    return manager.validate;
 }
 
 unsigned manager_callers(void)

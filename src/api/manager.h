@@ -32,6 +32,8 @@ void manager_call(struct call *call);
 void manager_start_call(struct call *call);
 void manager_wait_call(struct call *call);
 unsigned manager_callers(void);
+/* HMM_DEBUG=validate */
+bool manager_validates(void);
 
 /* ---- device.c ---- */
 

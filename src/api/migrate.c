@@ -86,10 +86,19 @@ static int check_result(const char *what, const struct hmm_migrate_result *res)
     return hmm_fail(-EINVAL, "%s: set result->size to sizeof(struct hmm_migrate_result)", what);
 }
 
+/* Every violation is logged. */
+static void validate(struct mm *mm)
+{
+    struct audit_report report;
+    if (manager_validates())
+        inspect_audit(mm, devices_each, &report);
+}
+
 static void run_to_device(struct call *call)
 {
     struct migrate_call *c = container_of(call, struct migrate_call, call);
     c->result = reclaim_migrate_to_device(c->mm, c->dev, c->start, c->end, &c->res);
+    validate(c->mm);
 }
 
 int hmm_migrate_to_device(hmm_dev handle, const void *addr, size_t len, struct hmm_migrate_result *res)
@@ -127,6 +136,7 @@ static void run_to_system(struct call *call)
 {
     struct migrate_call *c = container_of(call, struct migrate_call, call);
     c->result = migrate_range_to_system(c->mm, NULL, c->start, c->end, &c->res);
+    validate(c->mm);
 }
 
 #define CALLS_MAX 4
