@@ -12,8 +12,6 @@
 #include "migrate/migrate.h"
 #include "migrate/staging.h"
 
-static struct hmm_migrate_result sink; /* for callers without a result; never read */
-
 static bool take_entry(struct mm *mm, struct flight *f, struct block *b, unsigned i, struct hmm_migrate_result *res)
 {
     entry_t e = block_entry(b, i);
@@ -33,8 +31,9 @@ static bool take_entry(struct mm *mm, struct flight *f, struct block *b, unsigne
 unsigned depart_to_system(struct mm *mm, struct flight *f, struct hmm_device *dev, struct window w,
                           struct hmm_migrate_result *res)
 {
+    struct hmm_migrate_result unread = {0};
     unsigned taken = 0;
-    res = res ? res : &sink;
+    res = res ? res : &unread;
     rwlock_read_lock(&mm->as);
     struct block *b = pagetable_find(&mm->pt, w.start);
     if (!b)
@@ -140,7 +139,8 @@ static unsigned count_home(const struct flight *f)
 
 int land_in_system(struct mm *mm, struct flight *f, bool blockable, struct hmm_migrate_result *res)
 {
-    res = res ? res : &sink;
+    struct hmm_migrate_result unread = {0};
+    res = res ? res : &unread;
     SEQ_POINT("to-system-departed");
     int r = quiesce(mm, f, blockable);
     SEQ_POINT("to-system-quiet");
