@@ -49,7 +49,7 @@ static void insert(struct node **at, uint32_t key, uint32_t value)
 
 int main(void)
 {
-    struct node *root = NULL;
+    static struct node *root; /* the tree's memory goes with the process */
     hmm_dev dev;
     for (uint32_t i = 1; i <= NODES; i++)
         insert(&root, key_of(i), i);
@@ -72,5 +72,5 @@ int main(void)
         right += info.result == (i ? i : UINT64_MAX); /* key 0 is not in the tree */
     }
     printf("%u of %u searches gave the right answer\n", right, asked);
-    return hmm_device_close(dev) || right != asked; /* the tree's memory goes with the process */
+    return hmm_device_close(dev) || right != asked;
 }

@@ -111,7 +111,7 @@ uint64_t devices_descriptor_bytes(void)
 
 static void add_used(struct pagemap *pm, void *sum)
 {
-    *(uint64_t *)sum += __atomic_load_n(&pm->used, __ATOMIC_RELAXED);
+    *(uint64_t *)sum += pagemap_used(pm);
 }
 
 uint64_t devices_used_pages(void)
@@ -258,10 +258,10 @@ static int evacuate(struct hmm_device *dev)
             return 0;
         if (c.result)
             return hmm_fail(c.result, "%llu pages of device %s could not be brought home: %s; free memory, then close it again",
-                            (unsigned long long)dev->pagemap->used, dev->driver->name, hmm_strerror(c.result));
+                            (unsigned long long)pagemap_used(dev->pagemap), dev->driver->name, hmm_strerror(c.result));
     }
     return hmm_fail(-EBUSY, "%llu pages of device %s are pinned or in use; close it again later",
-                    (unsigned long long)dev->pagemap->used, dev->driver->name);
+                    (unsigned long long)pagemap_used(dev->pagemap), dev->driver->name);
 }
 
 static void wait_users(int slot)
@@ -319,7 +319,7 @@ int hmm_device_info(hmm_dev handle, struct hmm_device_info *info)
         .size = info->size,
         .page_size = os_page_size(),
         .memory_bytes = dev->pagemap->desc.pages << os_page_shift(),
-        .used_bytes = __atomic_load_n(&dev->pagemap->used, __ATOMIC_RELAXED) << os_page_shift(),
+        .used_bytes = pagemap_used(dev->pagemap) << os_page_shift(),
     };
     strncpy(all.name, dev->driver->name, sizeof(all.name) - 1);
     memcpy(all.spec, dev->spec, sizeof(all.spec));

@@ -71,7 +71,8 @@ static void audit_pagemap(struct pagemap *pm, void *arg)
     struct audit *a = arg;
     if (!pagemap_is_valid(pm))
         violation(a, "pagemap %u: allocator, counts and references do not agree", pm->id);
-    a->entries -= pm->used < a->entries ? pm->used : a->entries; /* what is left over has no page */
+    uint64_t used = pagemap_used(pm);
+    a->entries -= used < a->entries ? used : a->entries; /* what is left over has no page */
 }
 
 int inspect_audit(struct mm *mm, void (*each_pagemap)(void (*fn)(struct pagemap *, void *), void *),

@@ -108,7 +108,10 @@ static int refused(struct mm *mm, struct flight *f, struct block *b, unsigned i,
     if (err == -EAGAIN || err == -ENOMEM)
         return err;
     struct os_vma vma;
-    if (os->vma_query(mm->maps_fd, home, &vma) || vma.start > home) {
+    int r = os->vma_query(mm->maps_fd, home, &vma);
+    if (r && r != -ENOENT)
+        return -EAGAIN; /* not known: nothing is given up for that */
+    if (r || vma.start > home) {
         if (os->uffd_pending(mm->uffd.fd) != 0)
             return -EAGAIN;
         hmm_log(HMM_LOG_WARNING, "page %#lx was unmapped without an event: dropped", (unsigned long)home);

@@ -10,10 +10,16 @@
 #include "policy/policy.h"
 #include "reclaim/reclaim.h"
 
+#define FAULT_TRIES 32
+#define REFUSED_MAX 3 /* times that the page was busy: no room, or somebody was quicker each time */
+
 /* What the CPU may do at addr, the device may do. 0: memory that can migrate; 1: it can be reached, but stays. */
 static int check_access(struct mm *mm, uintptr_t addr, unsigned flags, struct os_vma *vma)
 {
-    if (os->vma_query(mm->maps_fd, addr, vma) || vma->start > addr)
+    int r = os->vma_query(mm->maps_fd, addr, vma);
+    if (r && r != -ENOENT)
+        return r;
+    if (r || vma->start > addr)
         return -EFAULT;
     if (!vma->read || (flags & HMM_FAULT_WRITE && !vma->write))
         return -EACCES;
@@ -77,26 +83,56 @@ static bool choose_window(struct hmm_device *dev, uintptr_t addr, const struct o
     return there;
 }
 
+enum place { PLACE_SYSTEM, PLACE_DEVICE, PLACE_TRANSIT };
+
+static enum place place_of(struct hmm_device *dev, uintptr_t addr, uint32_t *landings)
+{
+    struct mm *mm = dev->mm;
+    enum place place = PLACE_SYSTEM;
+    rwlock_read_lock(&mm->as);
+    struct block *b = pagetable_find(&mm->pt, addr);
+    if (b) {
+        mutex_lock(&b->lock);
+        entry_t e = block_entry(b, block_index(addr));
+        place = is_on(dev, e) ? PLACE_DEVICE : entry_kind(e) == ENTRY_FLIGHT ? PLACE_TRANSIT : PLACE_SYSTEM;
+        *landings = __atomic_load_n(&mm->landings, __ATOMIC_SEQ_CST);
+        mutex_unlock(&b->lock);
+    }
+    rwlock_read_unlock(&mm->as);
+    return place;
+}
+
+/* Another engine, or a migration, may be moving the page at the same time: its landing is waited for, and the page looked for
+ * again. It stays in system memory only where it was really refused. */
 int mirror_device_fault(struct hmm_device *dev, uintptr_t addr, unsigned flags)
 {
     struct os_vma vma;
     struct window w;
     addr &= ~(uintptr_t)(os_page_size() - 1);
     stat_add(&dev->mm->stats.device_faults, 1);
-    int r = check_access(dev->mm, addr, flags, &vma);
-    if (r)
-        return r;
-    if (choose_window(dev, addr, &vma, &w))
-        return 0;
-    struct hmm_migrate_result res = {0};
-    r = reclaim_migrate_to_device(dev->mm, dev, w.start, w.end, &res);
-    if (r == -ENOMEM || r == -EINTR)
-        return 1; /* the bus needs no memory */
-    if (r)
-        return r;
-    uint64_t pfn;
-    mirror_snapshot(dev, addr, addr + os_page_size(), &pfn);
-    return pfn ? 0 : 1;
+    unsigned refused = 0;
+    for (unsigned tries = 0; tries < FAULT_TRIES; tries++) {
+        uint32_t landings;
+        int r = check_access(dev->mm, addr, flags, &vma);
+        if (r)
+            return r;
+        if (choose_window(dev, addr, &vma, &w))
+            return 0;
+        struct hmm_migrate_result res = {0};
+        r = reclaim_migrate_to_device(dev->mm, dev, w.start, w.end, &res);
+        if (r == -ENOMEM)
+            return 1; /* the bus needs no memory */
+        if (r)
+            return r;
+        enum place place = place_of(dev, addr, &landings);
+        if (place == PLACE_DEVICE)
+            return 0;
+        if (place == PLACE_TRANSIT)
+            flight_wait(dev->mm, landings);
+        else if (res.busy == 0 || ++refused >= REFUSED_MAX)
+            return 1;
+    }
+    return 1;
 }
 
 int mirror_snapshot(struct hmm_device *dev, uintptr_t start, uintptr_t end, uint64_t *pfns)

@@ -84,7 +84,10 @@ enum arm_verdict mm_verdict(struct mm *mm, uintptr_t addr, uintptr_t end, const 
 {
     struct os_vma vma;
     *part_end = end;
-    if (os->vma_query(mm->maps_fd, addr, &vma) || vma.start >= end)
+    int r = os->vma_query(mm->maps_fd, addr, &vma);
+    if (r && r != -ENOENT)
+        return ARM_UNMOVABLE; /* not known: it stays */
+    if (r || vma.start >= end)
         return ARM_UNMAPPED;
     if (vma.start > addr) {
         *part_end = vma.start;
@@ -147,20 +150,32 @@ armed:
 }
 
 /* Mapping by mapping: one that cannot be registered would make the kernel refuse the whole range. */
-static void disarm_run(struct mm *mm, uintptr_t start, uintptr_t end)
+static int disarm_run(struct mm *mm, uintptr_t start, uintptr_t end)
 {
-    struct os_vma vma;
-    for (uintptr_t at = start; at < end && !os->vma_query(mm->maps_fd, at, &vma) && vma.start < end;) {
+    int first = 0;
+    for (uintptr_t at = start; at < end;) {
+        struct os_vma vma;
+        int r = os->vma_query(mm->maps_fd, at, &vma);
+        if (r == -ENOENT || (!r && vma.start >= end))
+            break;
+        if (r)
+            return r;
         uintptr_t from = vma.start > at ? vma.start : at, to = vma.end < end ? vma.end : end;
-        if (vma.anonymous && !vma.shared && !os->uffd_unregister(mm->uffd.fd, from, to - from))
-            os->advise((void *)from, to - from, OS_ADVISE_DOFORK);
+        if (vma.anonymous && !vma.shared) {
+            r = os->uffd_unregister(mm->uffd.fd, from, to - from);
+            if (!r)
+                os->advise((void *)from, to - from, OS_ADVISE_DOFORK);
+            first = first ? first : r;
+        }
         at = to;
     }
+    return first;
 }
 
 /*
  * An unread event means that something else may stand in the armed part by now: a remap may have brought missing pages there,
- * and unregistering would turn them into zeros. Then the block stays armed and is looked at again later.
+ * and unregistering would turn them into zeros. Then the block stays, and is looked at again later. An event that came in between
+ * is seen afterwards, and the registration taken again at once; two adjacent system calls are the least that is left to chance.
  */
 bool mm_disarm(struct mm *mm, struct block *b)
 {
@@ -170,13 +185,15 @@ bool mm_disarm(struct mm *mm, struct block *b)
         return false;
     for (; n; i += n, n = block_armed_run(b, &i)) {
         uintptr_t start = block_addr(b, i), end = block_addr(b, i + n);
-        disarm_run(mm, start, end);
-        if (os->uffd_pending(mm->uffd.fd) != 0) { /* it may have come in between: take the registration again at once */
+        b->unproved = true; /* until it is known what is registered */
+        block_arm(b, i, n, false);
+        int r = disarm_run(mm, start, end);
+        if (os->uffd_pending(mm->uffd.fd) != 0) {
             os->uffd_register(mm->uffd.fd, start, end - start);
-            os->advise((void *)start, end - start, OS_ADVISE_DONTFORK);
             return false;
         }
-        block_arm(b, i, n, false);
+        if (r)
+            return false;
     }
     lru_remove(mm, b);
     pagetable_remove(&mm->pt, b);

@@ -15,6 +15,15 @@
 
 #define THREADS_MAX 256
 
+/* A sanitizer reports from the thread that it finds something in. */
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+#define REPORTS_TO_STDERR
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer) || __has_feature(address_sanitizer)
+#define REPORTS_TO_STDERR
+#endif
+#endif
+
 struct hmm_thread {
     pthread_t id;
     char name[16];
@@ -151,7 +160,12 @@ static void *log_main(void *arg)
 static int private_files(void *arg)
 {
     (void)arg;
+#ifdef REPORTS_TO_STDERR
+    static const int keep[] = {2};
+    return os->private_files(keep, 1);
+#else
     return os->private_files(NULL, 0);
+#endif
 }
 
 int threads_start(void)
@@ -269,7 +283,7 @@ int workers_start(struct workers *w, const char *name, unsigned n)
         r = hmm_thread_start(&w->threads[w->n], name, worker_main, w);
     if (r)
         workers_stop(w);
-    return r;
+    return r ? hmm_fail(r, "threads %s cannot be started: %s", name, hmm_strerror(r)) : 0;
 }
 
 void workers_stop(struct workers *w)

@@ -432,6 +432,14 @@ uint64_t pagemap_metadata_bytes(const struct pagemap *pm)
     return sizeof(*pm) + pm->desc.pages * sizeof(*pm->pages) + buddy_bytes(pm->buddy);
 }
 
+uint64_t pagemap_used(struct pagemap *pm)
+{
+    mutex_lock(&pm->lock);
+    uint64_t used = pm->used;
+    mutex_unlock(&pm->lock);
+    return used;
+}
+
 void pagemap_forget(void)
 {
     registry_lock = (struct mutex)MUTEX_INITIALIZER(RANK_PAGEMAP);

@@ -104,6 +104,8 @@ void pagemap_destroy(struct pagemap *pm);
 /* In a child of fork: there are none. */
 void pagemap_forget(void);
 
+/* Pages with references now. Takes the lock. */
+uint64_t pagemap_used(struct pagemap *pm);
 /* Buddy, counts and references agree. Takes the lock. */
 bool pagemap_is_valid(struct pagemap *pm);
 uint64_t pagemap_metadata_bytes(const struct pagemap *pm);

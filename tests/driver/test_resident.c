@@ -5,7 +5,12 @@
 #include <pthread.h>
 
 #define BYTES (48 * MIB)
+#ifdef __SANITIZE_ADDRESS__
+#define SLACK                                                                                                                  \
+    (24 * MIB) /* its shadow is an eighth of all memory that is ever touched, staging slots and device memory included */
+#else
 #define SLACK (6 * MIB) /* tables, stacks, what other parts of the process touch meanwhile */
+#endif
 #define STAGING (8 * MIB)
 
 /* Anonymous resident memory; device memory is a shared mapping and does not count. */
