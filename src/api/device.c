@@ -15,7 +15,7 @@ enum slot_state { SLOT_FREE, SLOT_OPENING, SLOT_OPEN, SLOT_CLOSING, SLOT_STUCK }
 
 /* Handles are serial numbers: a stale one never names another device. */
 static struct {
-    pthread_mutex_t lock; /* leaf: nothing is taken or waited for under it */
+    struct mutex lock; /* RANK_DRIVER: held for moments, only pagemap locks are taken under it */
     hmm_dev next;
     struct {
         enum slot_state state;
@@ -23,26 +23,14 @@ static struct {
         struct hmm_device *dev;
         uint32_t users; /* futex */
     } slots[DEVICES_MAX];
-} devices = {.lock = PTHREAD_MUTEX_INITIALIZER};
-
-static void lock_devices(void)
-{
-    signals_block();
-    pthread_mutex_lock(&devices.lock);
-}
-
-static void unlock_devices(void)
-{
-    pthread_mutex_unlock(&devices.lock);
-    signals_unblock();
-}
+} devices = {.lock = MUTEX_INITIALIZER(RANK_DRIVER)};
 
 void devices_forget(void)
 {
     hmm_dev next = devices.next;
     memset(&devices, 0, sizeof(devices));
     devices.next = next;
-    devices.lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    devices.lock = (struct mutex)MUTEX_INITIALIZER(RANK_DRIVER);
 }
 
 static int find_slot(hmm_dev handle)
@@ -56,13 +44,13 @@ static int find_slot(hmm_dev handle)
 struct hmm_device *device_get(hmm_dev handle)
 {
     struct hmm_device *dev = NULL;
-    lock_devices();
+    mutex_lock(&devices.lock);
     int i = handle > 0 ? find_slot(handle) : -1;
     if (i >= 0 && devices.slots[i].state == SLOT_OPEN) {
         dev = devices.slots[i].dev;
         devices.slots[i].users++;
     }
-    unlock_devices();
+    mutex_unlock(&devices.lock);
     if (!dev)
         hmm_fail(-ENODEV, "device handle %d is not open (closed before, or never opened)", handle);
     return dev;
@@ -70,31 +58,31 @@ struct hmm_device *device_get(hmm_dev handle)
 
 void device_put(struct hmm_device *dev)
 {
-    lock_devices();
+    mutex_lock(&devices.lock);
     for (int i = 0; i < DEVICES_MAX; i++)
         if (devices.slots[i].dev == dev && --devices.slots[i].users == 0)
             futex_wake(&devices.slots[i].users, INT_MAX);
-    unlock_devices();
+    mutex_unlock(&devices.lock);
 }
 
 hmm_dev device_handle(const struct hmm_device *dev)
 {
     hmm_dev handle = 0;
-    lock_devices();
+    mutex_lock(&devices.lock);
     for (int i = 0; i < DEVICES_MAX; i++)
         if (devices.slots[i].state != SLOT_FREE && devices.slots[i].dev == dev)
             handle = devices.slots[i].handle;
-    unlock_devices();
+    mutex_unlock(&devices.lock);
     return handle;
 }
 
 void devices_each(void (*fn)(struct pagemap *pm, void *arg), void *arg)
 {
-    lock_devices();
+    mutex_lock(&devices.lock);
     for (int i = 0; i < DEVICES_MAX; i++)
         if (devices.slots[i].state == SLOT_OPEN)
             fn(devices.slots[i].dev->pagemap, arg);
-    unlock_devices();
+    mutex_unlock(&devices.lock);
 }
 
 static void add_descriptors(struct pagemap *pm, void *sum)
@@ -136,7 +124,7 @@ static int check_driver(const struct hmm_driver *d)
 static int reserve_slot(struct hmm_device *dev)
 {
     int slot = -1;
-    lock_devices();
+    mutex_lock(&devices.lock);
     for (int i = 0; i < DEVICES_MAX && slot < 0; i++)
         if (devices.slots[i].state == SLOT_FREE)
             slot = i;
@@ -146,17 +134,17 @@ static int reserve_slot(struct hmm_device *dev)
         devices.slots[slot].handle = ++devices.next;
         devices.slots[slot].users = 0;
     }
-    unlock_devices();
+    mutex_unlock(&devices.lock);
     return slot;
 }
 
 static void set_slot(int slot, enum slot_state state)
 {
-    lock_devices();
+    mutex_lock(&devices.lock);
     devices.slots[slot].state = state;
     if (state == SLOT_FREE)
         devices.slots[slot].dev = NULL;
-    unlock_devices();
+    mutex_unlock(&devices.lock);
 }
 
 /* No page of it is in use. */
@@ -275,13 +263,13 @@ int hmm_device_close(hmm_dev handle)
     int r = api_enter();
     if (r)
         return r;
-    lock_devices();
+    mutex_lock(&devices.lock);
     int slot = handle > 0 ? find_slot(handle) : -1;
     enum slot_state state = slot >= 0 ? devices.slots[slot].state : SLOT_FREE;
     bool closable = state == SLOT_OPEN || state == SLOT_STUCK;
     if (closable)
         devices.slots[slot].state = SLOT_CLOSING;
-    unlock_devices();
+    mutex_unlock(&devices.lock);
     if (!closable)
         return hmm_fail(-ENODEV, "device handle %d is not open (closed before, or never opened)", handle);
     struct hmm_device *dev = devices.slots[slot].dev;

@@ -23,30 +23,18 @@
 #define INJECT_PERMILLE 2 /* of HMM_DEBUG=inject without a number: starting makes some 240 calls that may fail */
 
 static struct {
-    pthread_mutex_t lock; /* start, stop, configuration: outermost (RANK_MANAGER); static, so not a struct mutex */
-    uint32_t *alive;      /* on a page that fork wipes: 1 in the process that started the manager */
-    unsigned devices;     /* under lock */
-    uint32_t users;       /* atomic: calls inside */
-    uint32_t running;     /* atomic */
+    struct mutex lock; /* RANK_MANAGER: start, stop, configuration */
+    uint32_t *alive;   /* on a page that fork wipes: 1 in the process that started the manager */
+    unsigned devices;  /* under lock */
+    uint32_t users;    /* atomic: calls inside */
+    uint32_t running;  /* atomic */
     struct hmm_config config;
     char debug[64];
     bool validate; /* audit after every migration that the program asks for */
     bool memory;   /* the allocator has chunks */
     struct mm mm;
     struct workers callers;
-} manager = {.lock = PTHREAD_MUTEX_INITIALIZER};
-
-static void lock_manager(void)
-{
-    signals_block();
-    pthread_mutex_lock(&manager.lock);
-}
-
-static void unlock_manager(void)
-{
-    pthread_mutex_unlock(&manager.lock);
-    signals_unblock();
-}
+} manager = {.lock = MUTEX_INITIALIZER(RANK_MANAGER)};
 
 /* ---- fork ---- */
 
@@ -67,7 +55,7 @@ int api_enter(void)
 /* The child's first device: nothing of the parent's is there any more. */
 static void forget_parent(void)
 {
-    manager.lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    manager.lock = (struct mutex)MUTEX_INITIALIZER(RANK_MANAGER);
     manager.devices = 0;
     manager.users = 0;
     manager.running = 0;
@@ -113,9 +101,9 @@ int hmm_configure(const struct hmm_config *config)
                         (unsigned long long)c.staging_bytes);
     if (c.debug && strlen(c.debug) >= sizeof(manager.debug))
         return hmm_fail(-EINVAL, "hmm_configure: debug is longer than %zu characters", sizeof(manager.debug) - 1);
-    lock_manager();
+    mutex_lock(&manager.lock);
     if (manager.devices) {
-        unlock_manager();
+        mutex_unlock(&manager.lock);
         return hmm_fail(-EBUSY, "hmm_configure: a device is open; close it first");
     }
     manager.config = c;
@@ -124,7 +112,7 @@ int hmm_configure(const struct hmm_config *config)
         strcpy(manager.debug, c.debug);
         manager.config.debug = manager.debug;
     }
-    unlock_manager();
+    mutex_unlock(&manager.lock);
     return 0;
 }
 
@@ -293,22 +281,22 @@ int manager_get(struct mm **mm)
     int r = make_alive_page();
     if (r)
         return r;
-    lock_manager();
+    mutex_lock(&manager.lock);
     if (manager.devices == 0)
         r = start();
     if (!r)
         manager.devices++;
-    unlock_manager();
+    mutex_unlock(&manager.lock);
     *mm = &manager.mm;
     return r;
 }
 
 void manager_put(void)
 {
-    lock_manager();
+    mutex_lock(&manager.lock);
     if (--manager.devices == 0)
         stop();
-    unlock_manager();
+    mutex_unlock(&manager.lock);
 }
 
 struct mm *manager_use(void)

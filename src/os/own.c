@@ -38,14 +38,17 @@ int own_map(size_t len, size_t align, unsigned flags, void **out)
     return r;
 }
 
+/* Forgotten first: as soon as it is unmapped, another own mapping may stand at the same address. */
 int own_unmap(void *addr, size_t len)
 {
+    unsigned i = 0, top = __atomic_load_n(&own_top, __ATOMIC_ACQUIRE);
+    while (i < top && __atomic_load_n(&own[i].start, __ATOMIC_ACQUIRE) != (uintptr_t)addr)
+        i++;
+    if (i < top)
+        __atomic_store_n(&own[i].start, 1, __ATOMIC_RELEASE);
     int r = os->unmap(addr, len);
-    for (unsigned i = 0; i < __atomic_load_n(&own_top, __ATOMIC_ACQUIRE) && !r; i++)
-        if (__atomic_load_n(&own[i].start, __ATOMIC_ACQUIRE) == (uintptr_t)addr) {
-            __atomic_store_n(&own[i].start, 0, __ATOMIC_RELEASE);
-            break;
-        }
+    if (i < top)
+        __atomic_store_n(&own[i].start, r ? (uintptr_t)addr : 0, __ATOMIC_RELEASE);
     return r;
 }
 
