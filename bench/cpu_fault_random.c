@@ -169,4 +169,7 @@ unmap:
 }
 
 const struct bench bench_cpu_fault_random = {
-    "cpu_fault_random", "time of one CPU fault on a device page, against a bare userfaultfd round trip", run};
+    .name = "cpu_fault_random",
+    .summary = "time of one CPU fault on a device page, against a bare userfaultfd round trip",
+    .run = run,
+};

@@ -116,4 +116,7 @@ static int run(struct bench_env *env)
 }
 
 const struct bench bench_cpu_touch_sequential = {
-    "cpu_touch_sequential", "speed of the CPU reading device memory in order, against memcpy into fresh memory", run};
+    .name = "cpu_touch_sequential",
+    .summary = "speed of the CPU reading device memory in order, against memcpy into fresh memory",
+    .run = run,
+};

@@ -39,9 +39,10 @@ struct bench_env {
     const char *device_spec;
     uint64_t size; /* bytes that a benchmark works on, a multiple of BENCH_BLOCK */
     unsigned runs;
-    uint64_t seed;    /* of contents and orders */
-    hmm_dev device;   /* between bench_open() and bench_close() */
-    const char *name; /* of the benchmark that runs */
+    uint64_t seed;      /* of contents and orders */
+    hmm_dev device;     /* between bench_open() and bench_close() */
+    const char *name;   /* of the benchmark that runs */
+    const char *suffix; /* of every name that it reports: where the engines are */
     void (*emit)(const struct bench_result *result);
 };
 
@@ -50,10 +51,11 @@ struct bench {
     const char *summary;
     /* 0, or 1 after bench_fail(). */
     int (*run)(struct bench_env *env);
+    bool engines; /* it is about engines: worth running on a device that has them in a process of their own, too */
 };
 
 extern const struct bench bench_migrate_to_device, bench_migrate_to_system, bench_cpu_fault_random, bench_cpu_touch_sequential,
-    bench_unmanaged_touch, bench_metadata;
+    bench_unmanaged_touch, bench_metadata, bench_operations, bench_empty_job, bench_device_fault;
 
 /* Says on stderr what went wrong and returns 1. */
 int bench_fail(const struct bench_env *env, const char *fmt, ...) __attribute__((format(printf, 2, 3)));

@@ -101,5 +101,8 @@ static int run(struct bench_env *env)
            run_one(env, "metadata_bytes_per_page_sparse", hmm_page_size(), SPARSE_BUDGET);
 }
 
-const struct bench bench_metadata = {"metadata_bytes_per_page",
-                                     "bytes of tables and descriptors for a page on the device, dense and sparse", run};
+const struct bench bench_metadata = {
+    .name = "metadata_bytes_per_page",
+    .summary = "bytes of tables and descriptors for a page on the device, dense and sparse",
+    .run = run,
+};

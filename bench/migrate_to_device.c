@@ -137,5 +137,8 @@ static int run(struct bench_env *env)
     return bench_close(env) || failed;
 }
 
-const struct bench bench_migrate_to_device = {"migrate_to_device",
-                                              "speed of migration to the device, against memcpy into touched memory", run};
+const struct bench bench_migrate_to_device = {
+    .name = "migrate_to_device",
+    .summary = "speed of migration to the device, against memcpy into touched memory",
+    .run = run,
+};

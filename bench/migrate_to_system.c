@@ -67,5 +67,8 @@ static int run(struct bench_env *env)
     return bench_close(env) || failed;
 }
 
-const struct bench bench_migrate_to_system = {"migrate_to_system",
-                                              "speed of migration to the system, against memcpy into fresh memory", run};
+const struct bench bench_migrate_to_system = {
+    .name = "migrate_to_system",
+    .summary = "speed of migration to the system, against memcpy into fresh memory",
+    .run = run,
+};

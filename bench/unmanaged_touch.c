@@ -81,4 +81,7 @@ static int run(struct bench_env *env)
 }
 
 const struct bench bench_unmanaged_touch = {
-    "unmanaged_touch", "time of a first touch of ordinary memory with a device open, against none open", run};
+    .name = "unmanaged_touch",
+    .summary = "time of a first touch of ordinary memory with a device open, against none open",
+    .run = run,
+};

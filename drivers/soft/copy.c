@@ -34,20 +34,26 @@ static int copy_piece(struct memory *m, int what, const struct hmm_dma *d)
     return 0;
 }
 
-static void copy_run(struct memory *m, const struct copy_request *c)
-{
-    int r = 0;
-    for (unsigned i = 0; i < c->n && !r; i++)
-        r = copy_piece(m, c->what, &c->v[i]);
-    hmm_fence_signal(c->fence, r);
-}
-
-static bool is_small(const struct memory *m, const struct copy_request *c)
+static uint64_t bytes_of(const struct memory *m, const struct copy_request *c)
 {
     uint64_t pages = 0;
     for (unsigned i = 0; i < c->n; i++)
         pages += c->v[i].pages;
-    return pages << m->page_shift <= COPY_AT_ONCE;
+    return pages << m->page_shift;
+}
+
+/* Clearing crosses no link. */
+static void copy_run(struct soft *s, const struct copy_request *c)
+{
+    uint64_t over = 0;
+    int r = 0;
+    if (c->what != COPY_CLEAR)
+        over = soft_bus_begin(&s->bus, c->what == COPY_TO_DEVICE ? TO_DEVICE : TO_SYSTEM, bytes_of(&s->memory, c));
+    for (unsigned i = 0; i < c->n && !r; i++)
+        r = copy_piece(&s->memory, c->what, &c->v[i]);
+    if (over)
+        soft_bus_wait(&s->bus, over);
+    hmm_fence_signal(c->fence, r);
 }
 
 static void enqueue(struct copy_queue *q, const struct copy_request *c)
@@ -80,14 +86,14 @@ static void copy_thread(void *arg)
         struct copy_request c = dequeue(&s->copies);
         if (c.what == COPY_STOP)
             return;
-        copy_run(&s->memory, &c);
+        copy_run(s, &c);
     }
 }
 
 static int start(struct soft *s, const struct copy_request *c)
 {
-    if (is_small(&s->memory, c))
-        copy_run(&s->memory, c);
+    if (soft_port_here() || bytes_of(&s->memory, c) <= COPY_AT_ONCE)
+        copy_run(s, c);
     else
         enqueue(&s->copies, c);
     return 0;

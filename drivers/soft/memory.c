@@ -10,10 +10,12 @@
 #include "soft.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #define CHUNK ((size_t)2 << 20)
+#define SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) /* whoever else gets the file cannot take our pages away */
 
 /* A mapping of the file, aligned so that the kernel may use huge pages. */
 static char *map_aligned(int fd, size_t bytes)
@@ -42,7 +44,7 @@ static int check_size(uint64_t bytes)
     return 0;
 }
 
-int soft_memory_init(struct memory *m, uint64_t bytes)
+int soft_memory_init(struct memory *m, uint64_t bytes, int *keep_fd)
 {
     size_t page = hmm_page_size();
     int r = check_size(bytes);
@@ -51,10 +53,10 @@ int soft_memory_init(struct memory *m, uint64_t bytes)
     m->page_shift = __builtin_ctzl(page);
     m->bytes = (bytes + page - 1) & ~(page - 1);
     m->pages = m->bytes >> m->page_shift;
-    int fd = memfd_create("hmm-soft", MFD_CLOEXEC);
+    int fd = memfd_create("hmm-soft", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (fd < 0)
         return hmm_fail(-errno, "soft: device memory cannot be made (memfd_create: %s)", hmm_strerror(-errno));
-    if (ftruncate(fd, m->bytes)) {
+    if (ftruncate(fd, m->bytes) || fcntl(fd, F_ADD_SEALS, SEALS)) {
         r = hmm_fail(-errno, "soft: %lluM of device memory cannot be made (%s)", (unsigned long long)(bytes >> 20),
                      hmm_strerror(-errno));
         goto close_fd;
@@ -72,12 +74,16 @@ int soft_memory_init(struct memory *m, uint64_t bytes)
         goto unmap;
     }
     madvise(m->map, m->bytes, MADV_HUGEPAGE); /* where the system has it for shared memory */
-    close(fd);
+    if (keep_fd)
+        *keep_fd = fd;
+    else
+        close(fd);
     return 0;
 
 unmap:
     hmm_mem_free(m->touched, m->touched_bytes);
     munmap(m->map, m->bytes);
+    m->map = NULL;
 close_fd:
     close(fd);
     return r;

@@ -3,26 +3,30 @@
  * The software device: memory of its own, engines that run jobs on process addresses, a page table and a TLB fed through
  * notifiers, page faults that are resolved and replayed.
  *
+ * The program's side, in this folder:
+ *
+ *   soft.c      options, set-up and take-down
  *   memory.c    device memory: a shared mapping at addresses of its own
  *   copy.c      copy engines: threads for the copy and clear slots, never behind a job
  *   stream.c    copying large pieces past the caches
- *   queue.c     the bounded job queue
- *   engine.c    job engines: threads that take jobs and run them
- *   ops.c       copy, fill, crc32c on process addresses
- *   crc32c.c    the checksum of a piece of memory
- *   access.c    spans: TLB, hazards, the bus
+ *   queue.c     the jobs that core handed over
+ *   port.c      one thread per engine: takes jobs, runs them, completes them
  *   table.c     the page table: blocks with a notifier each, faults, invalidation
- *   deadline.c  ending a kernel that does not let go
+ *   link.h      the engines' own process (soft:isolated); NULL: they run on the ports' threads
+ *   model.c     how jobs get at memory: by faults, or by ranges that are held while they run
+ *   register.c  registrations: ranges whose pages jobs hold
+ *   bus.c       the time that crossing the link to system memory takes
+ *
+ * The device's own side, wherever it runs, is engine/.
  *
  * Locks, outermost first; none is held across a call into core but `structure`:
  *
  *   table.structure   which blocks exist; held across hmm_notifier_insert() and hmm_notifier_remove(), so the callback
  *                     does not take it
- *     table.lock      entries of all blocks, hash chains; what the invalidate callback takes
- *   queue.lock        queued jobs, and which engine runs what
+ *     table.lock      entries of all blocks, hash chains; registrations and who holds them; what the invalidate callback takes
+ *   queue.lock        queued jobs, and which port runs what
  *   copy.lock         queued copies
- *
- * Everything an engine does between taking a job and finishing it obeys the rule of <hmm/driver.h>.
+ *   link.lock         until when the link is taken
  */
 #ifndef HMM_SOFT_H
 #define HMM_SOFT_H
@@ -30,26 +34,47 @@
 #include <hmm/driver.h>
 
 #include <pthread.h>
-#include <setjmp.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
+#include "engine/engine.h"
+#include "patience.h"
+
 extern const struct hmm_driver soft_driver;
 
-#define SOFT_BLOCK ((uintptr_t)2 << 20) /* what one block of the page table covers */
-#define SOFT_ENGINES_MAX 64
 #define SOFT_COPIES_MAX 16
-#define SOFT_NAME_LEN 32
 
 struct soft;
+struct port;
+struct link;
 
-/* Steps that a test build can leave out (tests/MUTATIONS.md), named by the environment variable HMM_MUTATE. */
-#ifdef HMM_MUTATIONS
-bool soft_mutate(const char *name); /* mutate.c */
-#else
-#define soft_mutate(name) false
-#endif
+/* ---- bus.c ----------------------------------------------------------------------------------------------------- */
+
+/* What crosses the link between the device and system memory, and how long that takes at least. */
+enum direction { TO_DEVICE, TO_SYSTEM };
+
+struct bus {
+    uint64_t bandwidth[2];     /* bytes per second, by direction; 0: no limit */
+    uint64_t latency_ns;       /* of each transfer */
+    uint64_t fault_latency_ns; /* of each fault of the device, before core is asked */
+    bool modelled;             /* any of these is not 0 */
+    pthread_mutex_t lock;
+    uint64_t taken_until[2]; /* ns; what comes later in this direction waits its turn; lock */
+};
+
+#define SOFT_LINKS "none|pcie3x16|pcie4x16|pcie5x16|nvlink2|cxl2x8"
+/* choice: a place in SOFT_LINKS. The other numbers replace those of the link where they are not 0. */
+void soft_bus_init(struct bus *l, uint64_t choice, uint64_t bandwidth, uint64_t latency_ns, uint64_t fault_latency_ns);
+void soft_bus_exit(struct bus *l);
+/* A transfer begins: takes its turn and returns the time at which it may be over, for soft_bus_wait(). */
+uint64_t soft_bus_begin(struct bus *l, enum direction way, uint64_t bytes);
+/* Waits until that time, to a few microseconds. May block. */
+void soft_bus_wait(const struct bus *l, uint64_t until);
+/* hmm_device_fault(), hmm_bus_read() and hmm_bus_write(), and the time that they take over the link. */
+int soft_bus_fault(struct soft *s, uintptr_t addr, unsigned flags);
+int64_t soft_bus_read(struct soft *s, uintptr_t addr, void *buf, size_t len);
+int64_t soft_bus_write(struct soft *s, uintptr_t addr, const void *buf, size_t len);
 
 /* ---- memory.c ---------------------------------------------------------------------------------------------------- */
 
@@ -62,8 +87,8 @@ struct memory {
     size_t touched_bytes;
 };
 
-/* Message set on failure. */
-int soft_memory_init(struct memory *m, uint64_t bytes);
+/* Message set on failure. keep_fd: gets a descriptor of the file; NULL: none is left open. */
+int soft_memory_init(struct memory *m, uint64_t bytes, int *keep_fd);
 void soft_memory_exit(struct memory *m);
 /* Makes pages exist before they are first written: running out of memory is an error here and SIGBUS later. */
 int soft_memory_touch(struct memory *m, uint64_t page, uint64_t pages);
@@ -118,6 +143,8 @@ struct block {
     uintptr_t base;      /* BLOCK_NONE: free; table.lock */
     uint64_t filled;     /* sequence number at which the entries were read; table.lock */
     uint32_t generation; /* atomic: moves when the block is given up */
+    uint64_t exports;    /* counts translations given to the engine process; table.lock */
+    uint64_t quiet;      /* of these, the first so many are forgotten there; table.lock */
     uint32_t users;      /* engines that fill it; table.lock */
     uint32_t mapped;     /* entries present; table.lock */
     bool current;        /* filled is meaningful; table.lock */
@@ -137,140 +164,193 @@ struct table {
     unsigned block_pages;
 };
 
-/* One translated run, as the TLB keeps it. Empty when start == end. */
-struct translation {
+/* A run of pages that lie together on the device, as the page table knows it. */
+struct extent {
     uintptr_t start, end;
-    char *at; /* device memory of start */
-    struct block *block;
+    uint64_t page;       /* on the device, of start */
+    struct block *block; /* NULL: held; seq and generation mean nothing */
     uint64_t seq;
     uint32_t generation;
+    uint32_t gate; /* event gate from before it was read */
     bool write;
+    bool held; /* valid until the job of the port ends, whatever happens to the addresses */
 };
 
 int soft_table_init(struct soft *s);
 /* Removes every notifier. No engine runs. */
 void soft_table_exit(struct soft *s);
 
-struct engine;
-/* The slow path of a translation: walk, fill, fault. 0: *t holds; 1: the page stays in system memory, use the bus; else the
- * error. The engine holds no span. Blocks. */
-int soft_table_resolve(struct engine *e, uintptr_t addr, bool write, struct translation *t);
+/* The slow path of a translation: walk, fill, fault. 0: *x holds; 1: the page stays in system memory, use the bus; else the
+ * error. The engine of the port holds no span. Blocks. */
+int soft_table_resolve(struct port *p, uintptr_t addr, bool write, struct extent *x);
 
-/* ---- access.c ---------------------------------------------------------------------------------------------------- */
+/* The block of base, with its notifier in place until it is put; NULL: there is none to spare. */
+struct block *soft_table_get(struct soft *s, uintptr_t base);
+void soft_table_put(struct soft *s, struct block *b);
 
-#define TLB_SMALL 256 /* by page */
-#define TLB_LARGE 64  /* by block: runs that cover a whole one */
+/* ---- register.c -------------------------------------------------------------------------------------------------- */
 
-struct tlb {
-    struct translation small[TLB_SMALL], large[TLB_LARGE];
+/* In an entry of a registration: its page is held, but the address is somebody else's by now. Beside HMM_PFN_VALID and _WRITE. */
+#define PFN_CUT (1ull << 61)
+
+struct registered_block {
+    struct block *block; /* used: so its notifier stays. NULL: none was to be had, and no page of it is registered */
+    uint64_t seq;        /* at which its pages were read */
 };
 
-/* A span of system memory: a copy of at most one page. `before` holds what was read, to find what the kernel changed. */
-struct bounce {
-    uintptr_t addr;
-    size_t len; /* 0: none */
-    bool write;
-    char *now, *before;
+/* Where the pages of a range are, for as long as somebody holds it. */
+struct registration {
+    struct registration *next; /* of all, or of those to be freed; table.lock */
+    uintptr_t start, end;
+    unsigned users;     /* jobs that run; table.lock */
+    bool stale;         /* no job finds it any more; table.lock */
+    uint64_t last_used; /* table.lock */
+    bool referenced;    /* it has a reference to each of them */
+    size_t bytes;       /* of this structure */
+    struct registered_block *blocks;
+    uint64_t pages[]; /* HMM_PFN_*, PFN_CUT; 0: not registered */
 };
 
-void soft_access_init(struct engine *e);
-/* Ends the current span; pages of the bus are written back. 0 or the error, with e->status filled. */
-int soft_access_end_span(struct engine *e);
-/* Ends it without writing back, after an error. */
-void soft_access_drop_span(struct engine *e);
-/* A span for the engine's own operations; does not return on error. */
-char *soft_access_span(struct engine *e, uintptr_t addr, size_t *len, bool write);
-/* True when an engine uses a page of [start, end) now. */
-bool soft_access_in_use(const struct soft *s, uintptr_t start, uintptr_t end);
-/* Waits until none does, ending kernels at their deadlines. */
-void soft_access_wait_unused(struct soft *s, uintptr_t start, uintptr_t end);
+/* A new one, not to be found yet, no page in it. NULL: no memory. */
+struct registration *soft_registration_new(struct soft *s, uintptr_t start, uintptr_t end);
+/* Brings the pages of r to the device, at most *budget of them, which falls by those that are there, and notes where they are. Blocks,
+ * and holds no page. */
+void soft_registration_fill(struct port *p, struct registration *r, uint64_t *budget);
+/* What it notes is still so. Caller holds table.lock. */
+bool soft_registration_is_current(const struct registration *r);
+/* One of these addresses that is current; NULL. Caller holds table.lock. */
+struct registration *soft_registration_find(struct soft *s, uintptr_t start, uintptr_t end);
+/* Makes it one that is found, and takes a reference to each page if asked. It is current. Caller holds table.lock. */
+void soft_registration_publish(struct soft *s, struct registration *r, bool reference);
+/* Takes it out and puts it on a list. Caller holds table.lock. */
+void soft_registration_unlink(struct soft *s, struct registration *r, struct registration **list);
+/* Drops references and frees everything on the list. No locks. */
+void soft_registrations_free(struct soft *s, struct registration *list);
+/* Some page of [start, end) is registered, and the address still its own. Caller holds table.lock. */
+bool soft_registration_covers(const struct registration *r, uintptr_t start, uintptr_t end);
+/* The addresses are not those of the pages any more. Caller holds table.lock. */
+void soft_registration_cut(struct registration *r, uintptr_t start, uintptr_t end);
+/* The run of pages around addr, within its block of 2 MiB. False: addr is not registered (for that). Caller holds table.lock. */
+bool soft_registration_resolve(const struct registration *r, uintptr_t addr, bool write, struct extent *x);
 
-/* ---- deadline.c -------------------------------------------------------------------------------------------------- */
+/* ---- model.c ----------------------------------------------------------------------------------------------------- */
 
-enum kill_cause { KILL_NONE, KILL_DEADLINE, KILL_CLOSE };
+enum model_kind { MODEL_FAULT, MODEL_RESIDENT, MODEL_REGISTER };
+#define SOFT_MODELS "fault|resident|register"
 
-/* The signal that ends kernels: found and installed with the first device, given back with the last. Program context. */
-int soft_deadline_signal_get(void);
-void soft_deadline_signal_put(void);
-/* Engine thread, at its start: this thread may be interrupted, for this engine. */
-void soft_deadline_adopt(struct engine *e);
-/* Engine thread, after the handler left a kernel: the next one may be interrupted, too. */
-void soft_deadline_allow(void);
-/* Asks the engine's job of this generation to end, at its next accessor call; with force at once, by the signal. The signal may
- * miss; to be repeated until the job has ended. Any thread. */
-void soft_deadline_kill(struct engine *e, uint32_t generation, enum kill_cause cause, bool force);
-/* What the present job was asked. Engine thread. */
-enum kill_cause soft_deadline_asked(const struct engine *e);
+#define HOLD_MAX 64 /* ranges of a job */
 
-/* ---- engine.c ---------------------------------------------------------------------------------------------------- */
+struct model {
+    enum model_kind kind;
+    pthread_cond_t changed;     /* a job ended; with table.lock */
+    struct registration *first; /* all that are published; table.lock */
+    uint64_t clock;             /* for last_used; table.lock */
+    uint64_t turns;             /* handed out to jobs that wait for room; table.lock */
+    uint64_t made, used_again;  /* registrations; table.lock */
+};
 
-#define LOCAL_BYTES ((size_t)64 << 10)
+/* What the job of a port holds. table.lock, but for what its own thread reads. */
+struct hold {
+    struct registration *registrations[HOLD_MAX]; /* some may be NULL */
+    unsigned n;
+    uint64_t reserved; /* pages that it asked for and does not hold yet */
+    uint64_t turn;     /* waits for room; 0: does not */
+    uint32_t generation;
+    uint32_t deadline_ms;   /* 0: none */
+    uint64_t awaited_since; /* ms; 0: nobody waits for its end */
+};
 
-/* Written by its own thread unless said otherwise. */
-struct engine {
-    struct hmm_accessor accessor; /* first: what a kernel sees */
+void soft_model_init(struct soft *s, enum model_kind kind);
+/* No job is left: lets go of all pages. */
+void soft_model_stop(struct soft *s);
+void soft_model_exit(struct soft *s);
+/* A job is about to run on the port, or has ended. begin() blocks, and holds nothing while it does. */
+void soft_model_begin(struct port *p, const struct hmm_job *job);
+void soft_model_end(struct port *p);
+/* soft_table_resolve() for the model. */
+int soft_model_resolve(struct port *p, uintptr_t addr, bool write, struct extent *x);
+/* What is to be done about pages that jobs hold, by the invalidate callback. 0 or -EAGAIN. */
+int soft_model_invalidate(struct soft *s, const struct hmm_event *event);
+
+/* ---- port.c ------------------------------------------------------------------------------------------------------ */
+
+/* The program's side of one engine: a thread that takes jobs for it. */
+struct port {
     struct soft *soft;
     struct hmm_thread *thread;
-    int tid;
+    struct engine *engine; /* NULL: in another process */
+    unsigned index;
     struct hmm_job *job; /* queue.lock */
-    bool is_kernel;
-    hmm_kernel kernel;
-    char *local;    /* LOCAL_BYTES, for operations */
+    struct port *below;  /* on the stack of idle ones; queue.lock */
+    bool idle;           /* is on it; queue.lock */
+    pthread_cond_t work;
+    uint32_t generation;   /* counts jobs; queue.lock */
+    uint32_t asked_to_end; /* generation of the last job that was asked to end; atomic */
+    struct {
+        int status;
+        char message[160];
+    } asked;        /* what cancel() wants the job to end with; status 0: nothing; queue.lock */
     uint64_t *pfns; /* of one block, for table.c */
-    sigjmp_buf out; /* the way out of a job */
-    struct hmm_job_status status;
-    char message[160];
-    struct bounce bounce;
-    struct tlb *tlb;
-
-    /* Read and written by others, all atomic. */
-    char pad[64];
-    uint64_t hazard;      /* the pages in use; see access.c */
-    uint32_t waiters;     /* threads that wait for the hazard to go */
-    uint32_t dropped;     /* futex: moves when a hazard goes while there are waiters */
-    uint32_t generation;  /* counts jobs */
-    uint32_t deadline_ms; /* of this job; 0: none. Written before generation */
-    uint64_t kill;        /* generation << 8 | cause */
-    uint32_t in_user;     /* in the code of a kernel, where the signal may end it */
-    char pad_end[64];
+    struct {
+        uint32_t count; /* of turns */
+        struct patience patience;
+        uint32_t deadline_ms; /* of the kernel that runs; atomic */
+        uint64_t forced_ms;   /* when its job was first asked to end by force; 0: not yet; atomic */
+        uint32_t turns_asked; /* since then */
+        struct hmm_job_status status;
+        char message[160];
+    } talk; /* with an engine in another process: talk.c */
+    struct hold hold;
 };
 
-int soft_engines_init(struct soft *s, unsigned engines);
+int soft_ports_init(struct soft *s, unsigned engines);
+/* Whether this is the thread of a port: what it asks for, it waits for. */
+bool soft_port_here(void);
 /* Refuses jobs, completes queued ones, ends running ones. On return no job is left. */
-void soft_engines_stop(struct soft *s);
-/* After soft_engines_stop(): ends the threads. */
-void soft_engines_join(struct soft *s);
-/* After soft_engines_join(), when no invalidation can come any more: they look at every engine's hazard. */
-void soft_engines_exit(struct soft *s);
-/* Leaves the job with e->status; does not return. Holds no lock. */
-void soft_engine_throw(struct engine *e) __attribute__((noreturn));
-/* Does not return when the job was asked to end. */
-void soft_engine_check(struct engine *e);
-/* Code of a kernel ends / begins on this thread. leave() does not return when the job was asked to end. */
-void soft_engine_enter_driver(struct engine *e);
-void soft_engine_leave_driver(struct engine *e);
+void soft_ports_stop(struct soft *s);
+/* After soft_ports_stop(): ends the threads. */
+void soft_ports_join(struct soft *s);
+/* After soft_ports_join(), when no invalidation can come any more: they look at every engine's hazard. */
+void soft_ports_exit(struct soft *s);
+/* True when an engine uses a page of [start, end) now. */
+bool soft_ports_in_use(struct soft *s, uintptr_t start, uintptr_t end);
+/* Waits until none does, ending kernels at their deadlines. */
+void soft_ports_wait_unused(struct soft *s, uintptr_t start, uintptr_t end);
+/* p's next job is this one. Caller holds queue.lock. */
+void soft_port_begin(struct port *p, struct hmm_job *job);
+/* Bytes done, at least 1, or why not. */
+int64_t soft_port_bus_read(struct port *p, uintptr_t addr, void *buf, size_t len);
+int64_t soft_port_bus_write(struct port *p, uintptr_t addr, const void *buf, size_t len);
+/* Ends the port's job of this generation, if it still runs, with this status and message. To be repeated until it has ended. */
+void soft_port_end_job(struct port *p, uint32_t generation, int status, const char *message);
+/* The port's job was asked to end. Takes no lock: the caller may hold table.lock. */
+bool soft_port_was_asked(struct port *p);
 int soft_submit(void *priv, struct hmm_job *job);
+void soft_cancel(void *priv, struct hmm_job *job, int status, const char *message);
 
 /* ---- queue.c ----------------------------------------------------------------------------------------------------- */
 
-#define QUEUE_MAX 65536
-
 struct job_queue {
     pthread_mutex_t lock;
-    pthread_cond_t filled, idle;
+    pthread_cond_t finished;
+    struct port *idle; /* ports without a job, who became idle last on top: its engine is warm */
     struct hmm_job *head, **tail;
-    unsigned count, running;
+    unsigned running;
     bool stopped, ending;
 };
 
 void soft_queue_init(struct job_queue *q);
 void soft_queue_destroy(struct job_queue *q);
-/* -EBUSY full, -ENODEV stopped. */
+/* -ENODEV: stopped. */
 int soft_queue_add(struct job_queue *q, struct hmm_job *job);
-/* Waits for a job and makes it e's; NULL: the thread is to end. */
-struct hmm_job *soft_queue_take(struct job_queue *q, struct engine *e);
-/* e's job is done and freed. */
-void soft_queue_done(struct job_queue *q, struct engine *e);
+/* Waits for a job and makes it p's; NULL: the thread is to end. */
+struct hmm_job *soft_queue_take(struct job_queue *q, struct port *p);
+/* p's job has ended: nobody may ask it to any more. */
+void soft_queue_ended(struct job_queue *q, struct port *p);
+/* A job that was taken is done and freed. */
+void soft_queue_done(struct job_queue *q);
+/* Takes a job out that has not begun; false: it has. */
+bool soft_queue_remove(struct job_queue *q, struct hmm_job *job);
 /* No more jobs are taken; returns those that were queued. */
 struct hmm_job *soft_queue_stop(struct job_queue *q);
 /* After soft_queue_stop(): waits until no job runs, at most timeout_ms. False: time is up. */
@@ -278,37 +358,22 @@ bool soft_queue_wait_idle(struct job_queue *q, uint32_t timeout_ms);
 /* Lets engine threads end. */
 void soft_queue_end(struct job_queue *q);
 
-/* ---- ops.c, crc32c.c, text.c ------------------------------------------------------------------------------------- */
-
-/* Runs a built-in operation; errors leave through soft_engine_throw(). Returns its result. */
-uint64_t soft_ops_run(struct engine *e, const struct hmm_job *job);
-
-/* CRC-32C of len bytes after those that gave crc; begins with 0. */
-uint32_t soft_crc32c(uint32_t crc, const void *data, size_t len);
-/* The same without the processor's instruction. */
-uint32_t soft_crc32c_table(uint32_t crc, const void *data, size_t len);
-
-/* A message in a buffer of fixed size, without stdio. */
-struct text {
-    char *buf;
-    size_t size, len;
-};
-void soft_text_str(struct text *t, const char *s);
-void soft_text_dec(struct text *t, uint64_t n);
-void soft_text_hex(struct text *t, uint64_t n);
-
 /* ---- the device -------------------------------------------------------------------------------------------------- */
 
 struct soft {
     struct hmm_device *dev;
-    const uint32_t *gate;
     struct memory memory;
     struct copy_queue copies;
+    struct bus bus;
     struct table table;
+    struct model model;
     struct job_queue queue;
-    unsigned nengines;
-    struct engine *engines[SOFT_ENGINES_MAX];
+    struct link *link;  /* NULL: the engines run in this process */
+    struct world world; /* engines of this process */
+    unsigned nports;
+    struct port *ports[SOFT_ENGINES_MAX];
     uint32_t invalidate_delay_ms;
+    uint32_t page; /* bytes that faults move at least */
 };
 
 #endif

@@ -18,6 +18,7 @@
  * Blocks are given up when the table is full, and when nothing of them is mapped. A TLB may still hold their translations; what
  * makes that safe is said in access.c. Lock order in soft.h.
  */
+#include "link.h"
 #include "soft.h"
 
 #include <errno.h>
@@ -62,11 +63,44 @@ static void clear_entries(struct table *t, struct block *b, uintptr_t start, uin
     }
 }
 
+/* The engine process uses nothing of the block, and the first `exports` translations that it got will not be used again. */
+static void forgotten(struct block *b, uint64_t exports)
+{
+    pthread_mutex_lock(&b->soft->table.lock);
+    if (b->quiet < exports)
+        b->quiet = exports;
+    pthread_mutex_unlock(&b->soft->table.lock);
+}
+
 static void delay(uint32_t ms)
 {
     struct timespec left = {.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000L};
     while (ms && nanosleep(&left, &left) && errno == EINTR)
         ;
+}
+
+/* The engine process lets go of the range; briefly: or -EAGAIN, if it uses it. */
+static int recall(struct soft *s, struct block *b, uintptr_t start, uintptr_t end, uint64_t exports, bool briefly)
+{
+    bool whole = end - start == SOFT_BLOCK;
+    bool quiet = briefly ? soft_recall_nowait(s->link, start, end) : soft_recall(s->link, start, end);
+    if (quiet && (whole || !briefly)) /* asked briefly it speaks of the range only */
+        forgotten(b, exports);
+    return briefly && !quiet ? -EAGAIN : 0;
+}
+
+/* Engines of this process, and jobs that hold the range, let go of it, or -EAGAIN. exported: another process is still to be asked,
+ * which is waiting. */
+static int wait_for_engines(struct soft *s, const struct hmm_event *event, bool exported)
+{
+    if (s->model.kind != MODEL_FAULT)
+        return soft_model_invalidate(s, event);
+    if (soft_mutate("soft-hazard"))
+        return 0;
+    if (!event->blockable || event->brief)
+        return (exported && !event->brief) || soft_ports_in_use(s, event->start, event->end) ? -EAGAIN : 0;
+    soft_ports_wait_unused(s, event->start, event->end);
+    return 0;
 }
 
 /*
@@ -76,8 +110,14 @@ static void delay(uint32_t ms)
  *  - An engine that looked at it before had published its hazard before (access.c), and all of that is in one order for
  *    everybody (sequentially consistent). So the hazard is seen here, and waited for.
  *
+ * An engine process has hazards and versions of its own, which it is told to look at (process/control.c), if it was given anything of
+ * the block that it may still use. It gets nothing while we are here: a block that is filled now waits for us in read_begin().
+ * So what it has forgotten when it answers stays forgotten until this invalidation is over.
+ *
  * Seeing a hazard gone acquires what its engine released by taking it away: everything it wrote to the page. So a copy that
  * core starts after this sees it.
+ *
+ * That is the model with faults. Where jobs hold their ranges, no translation outlives a job, and model.c says who is waited for.
  */
 static int invalidate(struct hmm_notifier *n, const struct hmm_event *event)
 {
@@ -89,21 +129,38 @@ static int invalidate(struct hmm_notifier *n, const struct hmm_event *event)
         return -EAGAIN;
     uintptr_t start = event->start > b->base ? event->start : b->base;
     uintptr_t end = event->end < b->base + SOFT_BLOCK ? event->end : b->base + SOFT_BLOCK;
-    if (b->base != BLOCK_NONE && start < end)
+    bool here = b->base != BLOCK_NONE && start < end;
+    if (here)
         clear_entries(&s->table, b, start, end);
+    uint64_t exports = b->exports;
+    bool exported = here && exports != b->quiet && !soft_mutate("soft-export");
     pthread_mutex_unlock(&s->table.lock);
-    if (soft_mutate("soft-hazard"))
-        return 0;
-    if (!event->blockable)
-        return s->invalidate_delay_ms || soft_access_in_use(s, event->start, event->end) ? -EAGAIN : 0;
-    soft_access_wait_unused(s, event->start, event->end);
-    delay(s->invalidate_delay_ms);
-    return 0;
+    if ((!event->blockable || event->brief) && s->invalidate_delay_ms)
+        return -EAGAIN;
+    int r = wait_for_engines(s, event, exported);
+    if (!r && exported && !soft_mutate("soft-hazard"))
+        r = recall(s, b, start, end, exports, event->brief);
+    if (!r)
+        delay(s->invalidate_delay_ms);
+    return r;
 }
 
 static const struct hmm_notifier_ops notifier_ops = {.invalidate = invalidate};
 
 /* ---- blocks ------------------------------------------------------------------------------------------------------ */
+
+/* Has the engine process forget the block, unless it uses a page of it now. No invalidation is in progress, so it may ask for the
+ * block again at any time: that is seen by the number of exports. */
+static void make_forgotten(struct table *t, struct block *b)
+{
+    pthread_mutex_lock(&t->lock);
+    uintptr_t base = b->base;
+    uint64_t exports = b->exports;
+    bool ask = base != BLOCK_NONE && b->users == 0 && exports != b->quiet;
+    pthread_mutex_unlock(&t->lock);
+    if (ask && soft_recall_nowait(b->soft->link, base, base + SOFT_BLOCK))
+        forgotten(b, exports);
+}
 
 /* Takes a block out of the table, unless an engine fills it or uses one of its pages. Caller holds table.structure.
  *
@@ -111,11 +168,12 @@ static const struct hmm_notifier_ops notifier_ops = {.invalidate = invalidate};
  * translation to be of an older generation. So when the notifier is gone, nobody relies on it. */
 static bool give_up(struct table *t, struct block *b)
 {
+    make_forgotten(t, b);
     pthread_mutex_lock(&t->lock);
-    bool can = b->base != BLOCK_NONE && b->users == 0;
+    bool can = b->base != BLOCK_NONE && b->users == 0 && b->quiet == b->exports;
     if (can) {
         __atomic_fetch_add(&b->generation, 1, __ATOMIC_SEQ_CST);
-        can = !soft_access_in_use(b->soft, b->base, b->base + SOFT_BLOCK);
+        can = !soft_ports_in_use(b->soft, b->base, b->base + SOFT_BLOCK);
     }
     if (can) {
         unhash(t, b);
@@ -193,8 +251,7 @@ static struct block *find_and_use(struct table *t, uintptr_t base)
     return b;
 }
 
-/* The block of base with its notifier in place; NULL: there is none to spare. To be put. */
-static struct block *block_get(struct soft *s, uintptr_t base)
+struct block *soft_table_get(struct soft *s, uintptr_t base)
 {
     struct table *t = &s->table;
     struct block *b = find_and_use(t, base);
@@ -225,8 +282,9 @@ unlock:
     return b;
 }
 
-static void block_put(struct table *t, struct block *b)
+void soft_table_put(struct soft *s, struct block *b)
 {
+    struct table *t = &s->table;
     pthread_mutex_lock(&t->lock);
     b->users--;
     pthread_mutex_unlock(&t->lock);
@@ -249,12 +307,12 @@ static void install(struct table *t, struct block *b, const uint64_t *pfns, uint
 }
 
 /* Reads the whole block from core. 0, -EAGAIN: it changes too often, or core's error. The engine holds no span. */
-static int fill(struct engine *e, struct block *b, uintptr_t base)
+static int fill(struct port *p, struct block *b, uintptr_t base)
 {
-    struct table *t = &e->soft->table;
+    struct table *t = &p->soft->table;
     for (unsigned i = 0; i < FILL_TRIES; i++) {
         uint64_t seq = hmm_notifier_read_begin(&b->notifier);
-        int r = hmm_range_snapshot(e->soft->dev, base, base + SOFT_BLOCK, e->pfns);
+        int r = hmm_range_snapshot(p->soft->dev, base, base + SOFT_BLOCK, p->pfns);
         if (r < 0)
             return r;
         pthread_mutex_lock(&t->lock);
@@ -264,7 +322,7 @@ static int fill(struct engine *e, struct block *b, uintptr_t base)
             seq = hmm_notifier_seq(&b->notifier);
         }
         if (!stale)
-            install(t, b, e->pfns, seq);
+            install(t, b, p->pfns, seq);
         pthread_mutex_unlock(&t->lock);
         if (!stale)
             return 0;
@@ -281,12 +339,13 @@ static bool follows(const struct block *b, unsigned i, unsigned k)
 enum walk { WALK_FOUND, WALK_MISSING, WALK_STALE };
 
 /* Looks addr up; *out is the run of device pages around it. */
-static enum walk walk(struct soft *s, struct block *b, uintptr_t addr, bool write, struct translation *out)
+static enum walk walk(struct soft *s, struct block *b, uintptr_t addr, bool write, struct extent *out)
 {
     struct table *t = &s->table;
     uintptr_t page = SOFT_BLOCK / t->block_pages;
     unsigned first = (addr - b->base) / page, last = first;
     enum walk found = WALK_STALE;
+    uint32_t gate = __atomic_load_n(s->world.gate, __ATOMIC_SEQ_CST); /* before the sequence number */
     pthread_mutex_lock(&t->lock);
     if (!b->current || b->filled != hmm_notifier_seq(&b->notifier))
         goto unlock;
@@ -298,44 +357,46 @@ static enum walk walk(struct soft *s, struct block *b, uintptr_t addr, bool writ
         first--;
     while (last + 1 < t->block_pages && follows(b, last, last + 1))
         last++;
-    *out = (struct translation){
+    *out = (struct extent){
         .start = b->base + first * page,
         .end = b->base + (last + 1) * page,
-        .at = soft_memory_at(&s->memory, (b->pte[first] & ~PTE_WRITE) - 1),
+        .page = (b->pte[first] & ~PTE_WRITE) - 1,
         .block = b,
         .seq = b->filled,
         .generation = __atomic_load_n(&b->generation, __ATOMIC_RELAXED),
+        .gate = gate,
         .write = pte & PTE_WRITE,
     };
     found = WALK_FOUND;
+    b->exports += s->link != NULL;
 unlock:
     pthread_mutex_unlock(&t->lock);
     return found;
 }
 
-int soft_table_resolve(struct engine *e, uintptr_t addr, bool write, struct translation *out)
+int soft_table_resolve(struct port *p, uintptr_t addr, bool write, struct extent *out)
 {
-    struct soft *s = e->soft;
+    struct soft *s = p->soft;
     uintptr_t base = addr & ~(SOFT_BLOCK - 1);
-    struct block *b = block_get(s, base);
+    struct block *b = soft_table_get(s, base);
     int r = 1;
     for (unsigned i = 0; b && i < RESOLVE_TRIES; i++) {
         enum walk found = walk(s, b, addr, write, out);
         if (found == WALK_FOUND) {
-            block_put(&s->table, b);
+            soft_table_put(s, b);
             return 0;
         }
         if (found == WALK_MISSING) {
-            r = hmm_device_fault(s->dev, addr, write ? HMM_FAULT_WRITE : HMM_FAULT_READ);
+            r = soft_bus_fault(s, addr, write ? HMM_FAULT_WRITE : HMM_FAULT_READ);
             if (r)
                 break;
             r = 1;
         }
-        if (fill(e, b, base))
+        if (fill(p, b, base))
             break;
     }
     if (b)
-        block_put(&s->table, b);
+        soft_table_put(s, b);
     return r;
 }
 

@@ -47,20 +47,27 @@ HMM_API int hmm_fail(int err, const char *fmt, ...) __attribute__((format(printf
 /* Completes a fence that core passed to copy() or clear(): status 0 or negative errno. Exactly once, from any thread. */
 HMM_API void hmm_fence_signal(hmm_fence *fence, int status);
 
-enum hmm_op { HMM_OP_COPY, HMM_OP_FILL, HMM_OP_CRC32C, HMM_OP_KERNEL };
+struct hmm_job_status;
 
-/* A job as the driver gets it. Owned by the driver from a successful submit() until hmm_job_done(). */
+/*
+ * A job as the driver gets it: its fences to wait for are done, its turn has come. Owned by the driver from a successful submit()
+ * until hmm_job_done(). Everything that it points to belongs to the job.
+ */
 struct hmm_job {
-    enum hmm_op op;
-    uint32_t deadline_ms; /* KERNEL: longest that an invalidation waits for its span */
-    uintptr_t dst, src;   /* process addresses */
-    uint64_t bytes;
-    uint64_t value;       /* FILL: the byte */
-    hmm_kernel kernel;    /* KERNEL */
-    void *arg;            /* KERNEL: the copied argument block, 16-byte aligned */
+    /* As submitted. KERNEL: `kernel` is set if it could be found in this process; with HMM_ENGINES_NAMED object and symbol are
+     * set; arg is the copied argument block, 16-byte aligned; deadline_ms is not 0. */
+    struct hmm_operation operation;
+    /* The process memory that it uses, whole: of operations, what they say; of kernels, what the launch says. */
+    const struct hmm_range *ranges;
+    uint32_t nranges;
+    int32_t priority;     /* enum hmm_priority; already obeyed */
     hmm_fence *fence;     /* for display only; completed through hmm_job_done() */
     struct hmm_job *next; /* free for the driver's queue */
     void *driver[2];      /* free for the driver */
+    /* For drivers that wrap others, NULL else: hmm_job_done() sets it to NULL and calls it instead of completing the job, which is
+     * the wrapper's again until it calls hmm_job_done() itself, later or there. */
+    void (*done)(struct hmm_job *job, const struct hmm_job_status *status);
+    void *wrapper; /* for done */
 };
 
 struct hmm_job_status {
@@ -70,8 +77,20 @@ struct hmm_job_status {
     const char *message; /* copied; may be NULL */
 };
 
-/* Completes the job's fence and frees the job. Exactly once per job. */
+/* Completes the job's fence and frees the job. Exactly once per job. May call submit() with the next one before it returns: no
+ * driver lock that submit() takes may be held. */
 HMM_API void hmm_job_done(struct hmm_job *job, const struct hmm_job_status *status);
+
+#define HMM_ENGINES_NAMED 1u /* kernels run elsewhere: they must have names */
+
+struct hmm_engines_desc {
+    uint32_t size;  /* sizeof(struct hmm_engines_desc) */
+    uint32_t slots; /* how many jobs submit() takes before one is done, 1..65536; core keeps the others */
+    uint32_t flags; /* HMM_ENGINES_* */
+    uint32_t reserved;
+};
+/* Says how the device runs jobs. From open(), by drivers with submit(); without it: one slot, no flags. -EINVAL. */
+HMM_API int hmm_engines_add(struct hmm_device *dev, const struct hmm_engines_desc *desc);
 
 /* ---- device memory (kernel: struct dev_pagemap) ------------------------------------------------------------------ */
 
@@ -79,7 +98,7 @@ enum hmm_pagemap_type { HMM_PAGEMAP_PRIVATE = 1 }; /* coherent, generic, fsdax, 
 
 struct hmm_pagemap_ops {
     /* A page (index in the pagemap) has no user any more. Called once per page, in any library thread, under no lock but
-     * possibly while a CPU fault waits; may be NULL. */
+     * possibly while a CPU fault waits; may be NULL. priv: as the pagemap was added with. */
     void (*page_free)(void *priv, uint64_t page);
 };
 
@@ -89,11 +108,34 @@ struct hmm_pagemap_desc {
     void *cpu_map;  /* where the process sees this memory (like a mapped BAR), or NULL. Never a program mapping. When set,
                         * core may read single pages straight from it for CPU faults */
     const struct hmm_pagemap_ops *ops; /* may be NULL */
+    void *priv;                        /* for ops */
+    uint64_t granule; /* bytes that faults of either side bring at least, aligned: a power of two, hmm_page_size() .. 2 MiB; 0:
+                       * hmm_page_size() */
 };
 
 /* Gives device memory to core. From open() only. One pagemap per device for now (-EBUSY for a second); overlap with
  * another pagemap's cpu_map is -EEXIST; missing or wrong fields -EINVAL. Undone by core when the device closes. */
 HMM_API int hmm_pagemap_add(struct hmm_device *dev, const struct hmm_pagemap_desc *desc);
+
+/*
+ * References of the driver to device pages [page, page + count): as long as there is one, the page is not freed, whatever happens to
+ * the address that it stood for, and hmm_device_close() waits. It keeps no page at its address. Take one only where the page
+ * cannot go away: under the lock that invalidate() takes, with the sequence number unchanged. hmm_page_put(): no driver lock that
+ * page_free() takes. Any thread; neither blocks.
+ */
+HMM_API void hmm_page_get(struct hmm_device *dev, uint64_t page, uint64_t count);
+HMM_API void hmm_page_put(struct hmm_device *dev, uint64_t page, uint64_t count);
+
+enum hmm_loss {
+    HMM_LOST_ENGINES, /* no job runs any more; copy() still works, so every page comes home */
+    HMM_LOST_MEMORY,  /* what only the device had is gone: touching it is SIGBUS, never zeros */
+};
+/*
+ * The device is gone or broken. Jobs that core still keeps end with -ENODEV and the reason, no new ones are taken, and no page
+ * migrates to it. The driver completes those that it has, and goes on to serve invalidate(); with HMM_LOST_MEMORY copy() and
+ * clear() are not called again. Any thread, no locks; does not block. Once; later calls can only make it worse.
+ */
+HMM_API void hmm_device_lost(struct hmm_device *dev, enum hmm_loss loss, const char *reason);
 
 /* ---- the operations ---------------------------------------------------------------------------------------------- */
 
@@ -107,24 +149,32 @@ struct hmm_dma {
     void *host;
 };
 
-enum hmm_option_type { HMM_OPTION_SIZE, HMM_OPTION_UINT, HMM_OPTION_STRING };
+enum hmm_option_type {
+    HMM_OPTION_SIZE,   /* a number with K, M, G or T (powers of 1024) */
+    HMM_OPTION_UINT,   /* a number */
+    HMM_OPTION_STRING, /* anything without ',' */
+    HMM_OPTION_FLAG,   /* the bare word: number is 1; absent: 0. No fallback */
+    HMM_OPTION_CHOICE, /* one of the words in `choices`; number is its place there */
+    HMM_OPTION_SPEC,   /* a device spec: takes the rest of the words, commas and all. The last option of a driver */
+};
 
-/* A word of the device spec. SIZE takes K, M, G, T suffixes (powers of 1024). */
+/* A word of the device spec. */
 struct hmm_option {
     const char *name;
     enum hmm_option_type type;
-    const char *fallback; /* value when the word is absent */
+    const char *fallback; /* value when the word is absent; NULL (not for FLAG): it must be given */
     uint64_t min, max;    /* SIZE and UINT */
     const char *help;
+    const char *choices; /* CHOICE: "fault|resident|register" */
 };
 
 union hmm_option_value {
     uint64_t number;
-    char string[64];
+    char string[128];
 };
 
 /*
- * All slots but `options` and `submit` are required. `priv` is what open() stored.
+ * All slots but `options`, `submit` and `cancel` are required. `priv` is what open() stored.
  */
 struct hmm_driver {
     uint32_t size; /* sizeof(struct hmm_driver) */
@@ -137,8 +187,8 @@ struct hmm_driver {
      * hmm_pagemap_add(). On failure it has undone everything itself; hmm_fail() names the reason. */
     int (*open)(struct hmm_device *dev, const union hmm_option_value *values, void **priv);
 
-    /* Program context. First step of closing: refuse new jobs, complete queued ones and running ones with -ECANCELED (or
-     * their result if they finish). On return no job is left; copy, clear and invalidate still work. */
+    /* Program context, signals blocked. First step of closing: refuse new jobs, complete those that it has with -ECANCELED (or their
+     * result if they finish). On return no job is left; copy, clear and invalidate still work. */
     void (*stop)(void *priv);
 
     /* Program context, after stop(), when no page and no notifier callback is left. Frees everything. */
@@ -152,13 +202,33 @@ struct hmm_driver {
     /* The same, zeroing n pieces; host is ignored. */
     int (*clear)(void *priv, const struct hmm_dma *v, unsigned n, hmm_fence *fence);
 
-    /* Queues a job. Program context; copies nothing; must not wait for jobs. -EBUSY: the queue is full; -ENODEV: stopped.
-     * NULL: the device runs no jobs (a memory tier). */
+    /* Takes a job; core has counted the slots. Any thread, no lock held, under THE RULE; must not block. A negative return
+     * completes the job with it: -ENODEV stopped or lost, -EOPNOTSUPP not this operation, -EIO. NULL: the device runs no jobs (a
+     * memory tier). */
     int (*submit)(void *priv, struct hmm_job *job);
+
+    /* Asks a job that submit() took to end soon with this status (-ECANCELED, -ETIMEDOUT) and message: drop it if it did not begin,
+     * end it if it runs. The job stays valid during the call, but may be done already: then nothing. Repeated every 20 ms until
+     * hmm_job_done(). A library thread, no lock held, under THE RULE; must not block. NULL: jobs cannot be ended early. */
+    void (*cancel)(void *priv, struct hmm_job *job, int status, const char *message);
 };
 
 /* The drivers linked into this library, ends with NULL. Defined by drivers/builtin.c. */
 extern const struct hmm_driver *const hmm_builtin_drivers[];
+
+/* A driver in a shared object of its own, libhmm-NAME.so, exports it under this name: HMM_DRIVER_EXPORT = { ... };  The file must
+ * be linked against libhmm.so, not libhmm.a. */
+#define HMM_DRIVER_SYMBOL "hmm_driver_entry"
+#define HMM_DRIVER_EXPORT                                                                                                      \
+    extern __attribute__((visibility("default"))) const struct hmm_driver hmm_driver_entry;                                    \
+    const struct hmm_driver hmm_driver_entry
+
+#define HMM_OPTIONS_MAX 16 /* of a driver */
+
+/* For drivers that wrap others: finds and checks what a spec names, as hmm_device_open() does. values has room for
+ * HMM_OPTIONS_MAX. The wrapper then calls the other's open() with its own device: memory, notifiers and faults of the one are those
+ * of the other. Program context; -EINVAL, -ENODEV, -ENOEXEC with message. */
+HMM_API int hmm_driver_find(const char *spec, const struct hmm_driver **driver, union hmm_option_value *values);
 
 /* ---- notifiers (kernel: struct mmu_interval_notifier) ------------------------------------------------------------ */
 
@@ -173,13 +243,15 @@ struct hmm_event {
     enum hmm_event_type type;
     struct hmm_device *owner; /* MIGRATE: its own notifiers are not called */
     bool blockable;
+    bool brief; /* only with blockable */
 };
 
 struct hmm_notifier_ops {
     /*
      * Empties the device page table in [start, end) and returns when the device can no longer touch those pages. Any library
      * thread, no core lock held, under THE RULE. blockable: may wait for engines; else must return at once, -EAGAIN when it
-     * would have to wait (nothing need be undone: a blockable call follows). Any other non-zero return is reported with the
+     * would have to wait (nothing need be undone: a blockable call follows). brief: may block for locks and for messages, but not
+     * until a kernel or a job lets go of the pages: -EAGAIN then. Any other non-zero return is reported with the
      * callback's name and ignored. May run concurrently with itself.
      */
     int (*invalidate)(struct hmm_notifier *n, const struct hmm_event *event);
@@ -225,6 +297,10 @@ static inline uint64_t hmm_notifier_seq(const struct hmm_notifier *n)
 /* Odd while core is reading address-space events that are not applied yet. A device that translates while jobs run checks it
  * before it uses a cached translation; odd: hmm_event_sync() first. Never NULL; valid while the device is open. */
 HMM_API const uint32_t *hmm_event_gate(struct hmm_device *dev);
+/* A descriptor of the page that begins with it, which can only be mapped for reading: for a device whose engines are another
+ * process. Valid in library threads, while the device is open. The number itself says something, too: after every event it is
+ * another one. Reading faults of the CPU makes it odd for a moment and leaves no trace. */
+HMM_API int hmm_event_gate_fd(struct hmm_device *dev);
 /* Waits until every event read so far is applied (sequence numbers moved). Short; no locks held. */
 HMM_API void hmm_event_sync(struct hmm_device *dev);
 
@@ -238,7 +314,7 @@ HMM_API void hmm_event_sync(struct hmm_device *dev);
  * memory, making room if needed; or leaves it in system memory where it cannot move. Engine context, no locks, blocks.
  * Returns 0: it came to the device; ask hmm_range_snapshot() where it is, it may already have moved again: loop. Returns 1:
  * it stays in system memory; use the bus, now and not cached. The bus is right at any time, so it also ends a loop that
- * does not converge. -EFAULT: nothing mapped; -EACCES: protection forbids it; -ENOMEM.
+ * does not converge. -EFAULT: nothing mapped; -EACCES: protection forbids it; -EHWPOISON: its only copy was lost with a device.
  */
 HMM_API int hmm_device_fault(struct hmm_device *dev, uintptr_t addr, unsigned flags);
 
@@ -254,7 +330,8 @@ HMM_API int hmm_device_fault(struct hmm_device *dev, uintptr_t addr, unsigned fl
 HMM_API int hmm_range_snapshot(struct hmm_device *dev, uintptr_t start, uintptr_t end, uint64_t *pfns);
 
 /* The bus: reads or writes system memory at a process address as a device would (kernel: process_vm_readv). Faults CPU pages
- * in, so a page on any device comes home. Returns bytes done (> 0), -EFAULT when the first byte is unmapped or protected. */
+ * in, so a page on any device comes home. Returns bytes done (> 0), -EFAULT when the first byte is unmapped or protected, -EHWPOISON
+ * when its only copy was lost with a device. */
 HMM_API int64_t hmm_bus_read(struct hmm_device *dev, uintptr_t addr, void *buf, size_t len);
 HMM_API int64_t hmm_bus_write(struct hmm_device *dev, uintptr_t addr, const void *buf, size_t len);
 

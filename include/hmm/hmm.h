@@ -93,17 +93,20 @@ HMM_API int hmm_check_deep(hmm_check_fn fn, void *arg);
 typedef int32_t hmm_dev;
 
 /*
- * Opens a device: "NAME" or "NAME:option=value,option=value", for example "soft:memory=64M,engines=2". `hmm devices` lists
- * names and options. The first open starts the manager.
- * -EINVAL: the spec cannot be parsed or a value is out of range (the message quotes the word); -ENODEV: no such driver;
- * -ENOMEM; -EPERM / -ENOSYS: userfaultfd is not permitted / too old (see hmm_check); -EMFILE: too many devices.
+ * Opens a device: "NAME" or "NAME:word,word", where a word is option=value, or the name of an option that is on or off, for
+ * example "soft:isolated,memory=64M". An option that takes a spec takes the rest: "faulty:seed=7,over=soft:memory=64M". `hmm
+ * devices` lists names and options. A driver that is not in this build is looked for as libhmm-NAME.so in the folders of the
+ * environment variable HMM_DRIVER_PATH, and stays loaded. The first open starts the manager.
+ * -EINVAL: the spec cannot be parsed or a value is out of range (the message quotes the word), or the driver is of another ABI;
+ * -ENODEV: no such driver; -ENOEXEC: its file cannot be loaded; -ENOMEM; -EPERM / -ENOSYS: userfaultfd is not permitted / too old
+ * (see hmm_check); -EMFILE: too many devices.
  */
 HMM_API int hmm_device_open(const char *spec, hmm_dev *dev);
 
 /*
  * Cancels queued jobs, ends running ones (their fences give -ECANCELED), brings every page home, closes the device.
  * -ENODEV: not open (also: closed before). -ENOMEM: pages could not be brought home; -EBUSY: pages are pinned or in use after 10 s.
- * After these two the handle is good for another hmm_device_close() only; nothing is lost.
+ * -EIO: the device did not give them back for 10 s. After these three the handle is good for another hmm_device_close() only; nothing is lost.
  */
 HMM_API int hmm_device_close(hmm_dev dev);
 
@@ -111,16 +114,34 @@ struct hmm_device_info {
     uint32_t size;         /* in: sizeof(struct hmm_device_info) */
     char name[32];         /* driver name */
     char spec[128];        /* as opened */
-    uint32_t page_size;    /* bytes */
+    uint32_t page_size;    /* bytes: what moves at once at least, hmm_page_size() or more */
     uint64_t memory_bytes; /* device memory */
     uint64_t used_bytes;   /* of it, allocated now */
+    uint32_t lost;         /* 1: it takes no jobs any more, see HMM_DEVICE_LOST in docs/api.md; close it */
+    uint32_t reserved;
+    uint64_t jobs; /* submitted and not done */
 };
 
 HMM_API int hmm_device_info(hmm_dev dev, struct hmm_device_info *info);
 
-/* Lists the drivers in this build: calls fn once per driver, and once per option with option != NULL. */
-typedef void (*hmm_driver_fn)(const char *name, const char *description, const char *option, const char *option_help,
-                              void *arg);
+/* A driver (option == NULL) or one of its options. Strings are valid until the callback returns. */
+struct hmm_driver_item {
+    uint32_t size; /* of what the library filled */
+    uint32_t reserved;
+    const char *driver;
+    const char *description; /* of the driver */
+    const char *origin;      /* "built in", or the file that it was loaded from */
+    const char *option;
+    const char *help;     /* of the option */
+    const char *fallback; /* its value when it is not given; NULL: must be given */
+    const char *values;   /* what it may be, in words: "64K to 4T", "fault|resident|register" */
+};
+typedef void (*hmm_driver_fn)(const struct hmm_driver_item *item, void *arg);
+
+/*
+ * Lists drivers: calls fn once per driver, and then once per option of it. Those in this build come first, then libhmm-NAME.so in
+ * the folders of HMM_DRIVER_PATH (separated by ':'), which are loaded for that. One that cannot be loaded is logged and left out.
+ */
 HMM_API void hmm_drivers(hmm_driver_fn fn, void *arg);
 
 /* ---- migration (kernel: migrate_vma_*) --------------------------------------------------------------------------- */
@@ -174,54 +195,101 @@ struct hmm_page_info {
  * A snapshot, consistent per 2 MiB block. -EINVAL, -ENOSPC when max is too small, -ENODEV when no device is open. */
 HMM_API int64_t hmm_range_query(const void *addr, size_t len, struct hmm_page_info *pages, size_t max);
 
-/* ---- jobs -------------------------------------------------------------------------------------------------------- */
+/* ---- fences ------------------------------------------------------------------------------------------------------ */
 
-/* The completion of a job. Reference-counted; wait, query and put from any thread. */
+/* A completion: of a job, or of something that the program does itself. Reference-counted; use it from any thread. */
 typedef struct hmm_fence hmm_fence;
 
 struct hmm_fence_info {
     uint32_t size;     /* in: sizeof(struct hmm_fence_info) */
     int32_t status;    /* -EINPROGRESS, 0, or the job's error */
-    uint64_t result;   /* crc32c: the checksum; kernel: its return value */
-    uintptr_t address; /* the faulting address where the error is about one; else 0 */
+    uint64_t result;   /* of the operation; kernel: its return value */
+    uintptr_t address; /* the process address that the error is about; else 0 */
     char message[160]; /* what went wrong, in words */
 };
 
-/* Waits for the job. timeout_ns < 0: for ever. Returns the job's error (0, -EFAULT, -EACCES, -ETIMEDOUT ended at its
- * deadline, -ECANCELED, -ENODEV, -ENOSPC, -EIO ...), or -EAGAIN when the *wait* ran out first. */
+/* Waits for the job. timeout_ns < 0: for ever. Returns the job's error (0, -EFAULT, -EACCES, -ETIMEDOUT ended at its deadline or
+ * time limit, -ECANCELED, -ENODEV, -ENOSPC, -ERANGE, -EIO ...), or -EAGAIN when the *wait* ran out first. */
 HMM_API int hmm_fence_wait(hmm_fence *fence, int64_t timeout_ns);
 HMM_API int hmm_fence_info(hmm_fence *fence, struct hmm_fence_info *info);
+/* A new descriptor (eventfd, close-on-exec) that becomes and stays readable when the fence is done: for poll() and epoll. The
+ * caller's to close, before or after. Each call makes one. -EMFILE, -ENOMEM; -EPERM: a filter of system calls forbids
+ * pidfd_getfd(2), by which the library keeps a duplicate that close() of the program does not reach. */
+HMM_API int hmm_fence_fd(hmm_fence *fence);
 /* Drops the reference that the submitting call returned. NULL is allowed. A job goes on without its fence. */
 HMM_API void hmm_fence_put(hmm_fence *fence);
 
+/* A fence that the program completes: for jobs that wait for something outside of the device. Needs an open device (-ENODEV); when
+ * the last one closes, it is completed with -ECANCELED. */
+HMM_API int hmm_fence_create(hmm_fence **fence);
+/* Completes such a fence with status 0 or a negative errno; jobs that wait for it start, or are cancelled, before it returns.
+ * -EALREADY: it is done; -EINVAL: it is the fence of a job, or the status is positive, -EAGAIN or -EINPROGRESS. */
+HMM_API int hmm_fence_complete(hmm_fence *fence, int status);
+
+/* ---- queues ------------------------------------------------------------------------------------------------------ */
+
 /*
- * Job submission. Copies its parameters, queues, returns at once. Jobs of one device may run concurrently and in any order:
- * order them by waiting. Every job sees all memory changes (munmap, madvise, writes...) that happened before the call.
- * fence may be NULL for a caller who does not care about errors. Zero length is -EINVAL, as is a range that
- * wraps around. Overlapping copies behave like memmove. -ENODEV: device closed. -EBUSY: its queue is full, wait for a fence.
- * -EOPNOTSUPP: it runs no jobs. -ENOMEM.
+ * Where jobs wait for an engine. Every device has one of its own: concurrent, of normal priority. Jobs of a concurrent queue run at
+ * the same time and in any order; those of an in-order queue one after the other, in the order of their submission: each begins
+ * when the one before it is done, whatever its status. Of jobs that could begin, those of the highest priority do, and of these the
+ * oldest. A job that runs is not interrupted for another.
  */
-HMM_API int hmm_job_copy(hmm_dev dev, void *dst, const void *src, size_t len, hmm_fence **fence);
-HMM_API int hmm_job_fill(hmm_dev dev, void *dst, uint8_t value, size_t len, hmm_fence **fence);
-/* CRC-32C (Castagnoli), initial value and final xor 0xffffffff; the result is in hmm_fence_info.result. */
-HMM_API int hmm_job_crc32c(hmm_dev dev, const void *src, size_t len, hmm_fence **fence);
+typedef struct hmm_queue hmm_queue;
+
+enum hmm_priority { HMM_PRIORITY_LOW = -1, HMM_PRIORITY_NORMAL = 0, HMM_PRIORITY_HIGH = 1 };
+
+struct hmm_queue_config {
+    uint32_t size;     /* sizeof(struct hmm_queue_config) */
+    uint32_t in_order; /* 0 or 1 */
+    int32_t priority;  /* enum hmm_priority */
+    uint32_t reserved; /* 0 */
+};
+/* config may be NULL: concurrent, normal. -EINVAL, -ENODEV, -EOPNOTSUPP: the device runs no jobs; -ENOMEM. */
+HMM_API int hmm_queue_create(hmm_dev dev, const struct hmm_queue_config *config, hmm_queue **queue);
+/* Gives the queue up; its jobs go on. NULL is allowed. Also to be called when the device was closed first. */
+HMM_API void hmm_queue_destroy(hmm_queue *queue);
+
+/* ---- kernels ----------------------------------------------------------------------------------------------------- */
 
 /*
  * User kernels: a C function that runs on a device engine and reaches process memory only through its accessor. It must not
  * allocate, lock, do I/O or call other parts of libhmm: the engine may be the one that memory comes back through. An access
  * to an unmapped or protected address does not return: it ends the job with -EFAULT / -EACCES and the address in the fence.
+ *
+ * A device may run its engines elsewhere than in this process (soft:isolated). Then a kernel is known by name: a symbol of a shared
+ * object, which is loaded there, too. Static data are each side's own. Give the names, or the function as it is known here: a
+ * function that is exported from a shared object (HMM_KERNEL) is found by its address.
  */
 typedef struct hmm_accessor hmm_accessor;
 typedef uint64_t (*hmm_kernel)(hmm_accessor *acc, void *arg);
 
+/* Begins the definition of a kernel that has a name: HMM_KERNEL(sum) { ... acc ... arg ... } */
+#define HMM_KERNEL(name)                                                                                                       \
+    __attribute__((visibility("default"))) uint64_t name(hmm_accessor *acc, void *arg);                                        \
+    uint64_t name(hmm_accessor *acc, void *arg)
+
+/* Process memory that a job uses. */
+struct hmm_range {
+    uintptr_t addr;
+    uint64_t bytes;
+    uint32_t write; /* 1: the job writes there */
+    uint32_t reserved;
+};
+
 struct hmm_launch {
     uint32_t size;        /* sizeof(struct hmm_launch) */
     uint32_t deadline_ms; /* an invalidation waits this long for a span, then ends the kernel; 0: 1000 */
-    hmm_kernel kernel;
-    const void *arg; /* copied to the device at submission; the kernel gets the copy, 16-byte aligned, writable */
-    size_t arg_size; /* 0..64 KiB */
+    hmm_kernel kernel;    /* the function, or NULL and its names: */
+    const void *arg;      /* copied to the device at submission; the kernel gets the copy, 16-byte aligned, writable */
+    size_t arg_size;      /* 0..64 KiB */
+    const char *object;   /* file of a shared object, as for dlopen(3) */
+    const char *symbol;   /* an exported function in it */
+    /* What the kernel will use. A device without page faults (soft:model=resident, model=register) makes it resident before the
+     * kernel starts, and keeps it; an access to anything else goes over the bus there. Others do not need it. */
+    const struct hmm_range *ranges;
+    uint32_t nranges; /* 0..64 */
+    uint32_t reserved;
 };
-HMM_API int hmm_job_launch(hmm_dev dev, const struct hmm_launch *launch, hmm_fence **fence);
 
 /*
  * A span: the device's own mapping of process memory at ptr, contiguous for *len bytes (in: wanted, > 0; out: granted,
@@ -234,6 +302,213 @@ HMM_API void hmm_yield(hmm_accessor *acc);
 /* Copies between process memory and kernel-local memory, across any number of spans. */
 HMM_API void hmm_get(hmm_accessor *acc, void *local, const void *ptr, size_t len);
 HMM_API void hmm_put(hmm_accessor *acc, void *ptr, const void *local, size_t len);
+
+/* ---- operations -------------------------------------------------------------------------------------------------- */
+
+enum hmm_type { HMM_I32, HMM_I64, HMM_U32, HMM_U64, HMM_F32, HMM_F64 };
+enum hmm_reduction { HMM_SUM, HMM_MIN, HMM_MAX };
+
+enum hmm_op {
+    HMM_OP_NOP, /* nothing: to join fences, or to measure a device */
+    HMM_OP_KERNEL,
+    HMM_OP_COPY,
+    HMM_OP_FILL,
+    HMM_OP_COMPARE,
+    HMM_OP_CRC32C,
+    HMM_OP_HISTOGRAM,
+    HMM_OP_REDUCE,
+    HMM_OP_SAXPY,
+    HMM_OP_GEMM,
+    HMM_OP_SORT,
+    HMM_OP_GATHER,
+    HMM_OP_SCATTER,
+    HMM_OP_BFS,
+};
+#define HMM_OPS (HMM_OP_BFS + 1)
+
+/*
+ * What a job does. Pointers are process pointers of any alignment; numbers are in the order of bytes of the machine. A count or a
+ * size of 0, a range that wraps around the address space, a count that overflows it and a NULL pointer are -EINVAL at submission.
+ * So are operands that overlap, where it says so.
+ */
+/* Like memmove: they may overlap. */
+struct hmm_op_copy {
+    void *dst;
+    const void *src;
+    uint64_t bytes;
+};
+
+struct hmm_op_fill {
+    void *dst;
+    uint64_t bytes;
+    uint8_t value;
+};
+
+/* Result: the offset of the first byte that differs, or bytes when none does. */
+struct hmm_op_compare {
+    const void *a, *b;
+    uint64_t bytes;
+};
+
+/* CRC-32C (Castagnoli), initial value and final xor 0xffffffff. Result: the checksum. */
+struct hmm_op_crc32c {
+    const void *src;
+    uint64_t bytes;
+};
+
+/* counts[v] becomes the number of bytes of value v. Must not overlap. */
+struct hmm_op_histogram {
+    const void *src;
+    uint64_t bytes;
+    uint64_t *counts; /* 256 */
+};
+
+/*
+ * Result: of integers an int64_t (uint64_t for the unsigned types); sums wrap modulo 2^64. Of floating types the bits of a
+ * double: hmm_result_double(). The sum of floating numbers is made in double, in 16 lanes: element i is added to lane
+ * i % 16, in ascending order of i, and the lanes are added in the order ((0+8)+(4+12)) + ((2+10)+(6+14)) + (((1+9)+(5+13)) +
+ * ((3+11)+(7+15))); for HMM_F32 it is then rounded to float. So it does not depend on where pages are. It differs from the
+ * exact sum by at most (n/16 + 4) * 2^-53 * sum|x|, and for HMM_F32 by 2^-24 of its value more. NaN and infinities propagate
+ * as IEEE 754 says; the minimum and maximum of anything with a NaN is NaN, and -0 is less than +0.
+ */
+struct hmm_op_reduce {
+    const void *src;
+    uint64_t count;
+    uint32_t type; /* enum hmm_type */
+    uint32_t how;  /* enum hmm_reduction */
+};
+
+/* y[i] = a * x[i] + y[i]. With x == y, or apart; else they must not overlap. Error: at most one rounding of the product and
+ * one of the sum (a fused multiply-add may leave out the first). */
+struct hmm_op_saxpy {
+    const float *x;
+    float *y;
+    uint64_t count;
+    float a;
+};
+
+/*
+ * c = alpha * a * b + beta * c, row by row: a is m x k, b is k x n, c is m x n; lda, ldb, ldc are the elements from one row to
+ * the next, 0: as many as it has columns. With beta 0 c is not read. c overlaps neither a nor b. In float; each element
+ * differs from the exact one by at most (k + 3) * 2^-24 * (|alpha| * sum|a||b| + |beta c|) + underflow.
+ */
+struct hmm_op_gemm {
+    const float *a, *b;
+    float *c;
+    uint32_t m, n, k;
+    uint32_t lda, ldb, ldc;
+    float alpha, beta;
+};
+
+/* Ascending, in place. Uses as much memory again on the device's side: -ENOMEM. A job that ends before its time leaves the
+ * numbers in any order, some lost and some twice: sort a copy where that matters. */
+struct hmm_op_sort {
+    void *data;
+    uint64_t count;
+    uint32_t type; /* HMM_U32, HMM_U64 */
+};
+
+/* gather: dst[i] = table[index[i]]; scatter: table[index[i]] = src[i], of equal indices the last one stays. An index that is
+ * not below entries ends the job with -ERANGE and the address of the index. What is written overlaps nothing else. */
+struct hmm_op_gather {
+    void *dst;
+    const void *table;
+    const void *index;
+    uint64_t count;      /* of indices */
+    uint64_t entries;    /* of the table */
+    uint32_t element;    /* bytes: 1, 2, 4, 8, 16 */
+    uint32_t index_type; /* HMM_U32, HMM_U64 */
+};
+
+struct hmm_op_scatter {
+    void *table;
+    const void *src;
+    const void *index;
+    uint64_t count;
+    uint64_t entries;
+    uint32_t element;
+    uint32_t index_type;
+};
+
+/*
+ * Breadth-first search in a graph in CSR form: the neighbours of v are edges[offsets[v]] .. edges[offsets[v+1] - 1].
+ * distance[v] becomes the number of edges from source to v, or UINT32_MAX. Result: the number of vertices reached. An
+ * offset that descends or is above nedges, and a neighbour that is no vertex, end the job with -ERANGE and its address.
+ * nedges may be 0, and edges then NULL.
+ */
+struct hmm_op_bfs {
+    const uint64_t *offsets; /* vertices + 1 */
+    const uint32_t *edges;
+    uint32_t *distance; /* vertices */
+    uint64_t nedges;
+    uint32_t vertices;
+    uint32_t source;
+};
+
+struct hmm_operation {
+    uint32_t kind; /* enum hmm_op */
+    uint32_t reserved;
+    union {
+        struct hmm_launch kernel;
+        struct hmm_op_copy copy;
+        struct hmm_op_fill fill;
+        struct hmm_op_compare compare;
+        struct hmm_op_crc32c crc32c;
+        struct hmm_op_histogram histogram;
+        struct hmm_op_reduce reduce;
+        struct hmm_op_saxpy saxpy;
+        struct hmm_op_gemm gemm;
+        struct hmm_op_sort sort;
+        struct hmm_op_gather gather;
+        struct hmm_op_scatter scatter;
+        struct hmm_op_bfs bfs;
+    };
+};
+
+/* ---- jobs -------------------------------------------------------------------------------------------------------- */
+
+struct hmm_job_desc {
+    uint32_t size;       /* sizeof(struct hmm_job_desc) */
+    uint32_t timeout_ms; /* a job that is not done this long after its submission is ended: -ETIMEDOUT; 0: no limit */
+    struct hmm_operation operation;
+    hmm_queue *queue; /* of the same device; NULL: the device's own */
+    /* The job begins when these fences are done, of any device. One with an error cancels it: -ECANCELED, with the reason. Copied;
+     * the fences may be put at once. Fences exist before the jobs that wait for them, so that no cycle of jobs can be made. */
+    hmm_fence *const *wait;
+    uint32_t nwait; /* 0..64 */
+    uint32_t reserved;
+};
+
+/*
+ * Submits a job. Copies its parameters, queues, returns at once. Every job sees all memory changes (munmap, madvise, writes...)
+ * that happened before the call. fence may be NULL for a caller who does not care about errors.
+ * -EINVAL: an operand is wrong, or a fence to wait for is NULL; -ENODEV: the device was closed or lost; -EBUSY: it has 65,536 jobs
+ * already, wait for a fence; -EOPNOTSUPP: it runs no jobs, or not this operation (in the fence, where the
+ * driver was not asked at once); -ENOENT: there is no such object or symbol; -ENOEXEC: the kernel has no name that the engines could find it by, or its object cannot be loaded; -ENOMEM.
+ */
+HMM_API int hmm_job_submit(hmm_dev dev, const struct hmm_job_desc *desc, hmm_fence **fence);
+
+/* The same for the most frequent operations, in the device's own queue. */
+HMM_API int hmm_job_copy(hmm_dev dev, void *dst, const void *src, size_t len, hmm_fence **fence);
+HMM_API int hmm_job_fill(hmm_dev dev, void *dst, uint8_t value, size_t len, hmm_fence **fence);
+HMM_API int hmm_job_crc32c(hmm_dev dev, const void *src, size_t len, hmm_fence **fence);
+HMM_API int hmm_job_launch(hmm_dev dev, const struct hmm_launch *launch, hmm_fence **fence);
+
+/* Asks a job to end: one that waits ends at once, one that runs at its next access or by force, both with -ECANCELED. Does not
+ * wait: the fence says when. The job may finish first; and a driver without a way to end jobs lets one that runs go on (so it does
+ * at a time limit). -EALREADY: it is done; -EINVAL: the fence is not a job's. */
+HMM_API int hmm_job_cancel(hmm_fence *fence);
+
+/* The result of a floating reduction. */
+static inline double hmm_result_double(const struct hmm_fence_info *info)
+{
+    union {
+        uint64_t bits;
+        double number;
+    } u;
+    u.bits = info->result;
+    return u.number;
+}
 
 /* ---- what it does ------------------------------------------------------------------------------------------------ */
 

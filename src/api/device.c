@@ -4,10 +4,12 @@
 #include <limits.h>
 #include <string.h>
 
+#include "api/drivers.h"
 #include "api/manager.h"
 #include "base/alloc.h"
 #include "base/error.h"
 #include "base/futex.h"
+#include "job/job.h"
 #include "mirror/mirror.h"
 #include "migrate/migrate.h"
 
@@ -111,16 +113,6 @@ uint64_t devices_used_pages(void)
 
 /* ---- open ---- */
 
-static int check_driver(const struct hmm_driver *d)
-{
-    if (d->abi != HMM_DRIVER_ABI || d->size < sizeof(*d))
-        return hmm_fail(-EINVAL, "driver %s was built for ABI %u (%u bytes), this library has ABI %u (%zu bytes): rebuild it",
-                        d->name, d->abi, d->size, HMM_DRIVER_ABI, sizeof(*d));
-    if (!d->open || !d->stop || !d->close || !d->copy || !d->clear)
-        return hmm_fail(-EINVAL, "driver %s lacks a required operation (open, stop, close, copy, clear)", d->name);
-    return 0;
-}
-
 static int reserve_slot(struct hmm_device *dev)
 {
     int slot = -1;
@@ -160,30 +152,33 @@ static void remove_pagemap(struct hmm_device *dev)
 
 static int open_device(struct hmm_device *dev, const union hmm_option_value *values)
 {
-    int r = dev->driver->open(dev, values, &dev->priv);
+    int r = sched_new(dev);
+    if (r)
+        return r;
+    r = dev->driver->open(dev, values, &dev->priv);
     if (!r && !dev->pagemap) {
         dev->driver->stop(dev->priv);
         dev->driver->close(dev->priv);
         r = hmm_fail(-EINVAL, "driver %s gave no device memory (hmm_pagemap_add)", dev->driver->name);
     }
-    if (r)
+    if (r) {
         remove_pagemap(dev);
-    else
-        dev->pagemap->priv = dev->priv;
+        sched_free(dev);
+    } else {
+        sched_open(dev);
+    }
     return r;
 }
 
 int hmm_device_open(const char *spec, hmm_dev *handle)
 {
     const struct hmm_driver *driver;
-    union hmm_option_value values[OPTIONS_MAX];
+    union hmm_option_value values[HMM_OPTIONS_MAX];
     struct mm *mm;
     message_clear();
     if (!handle)
         return hmm_fail(-EINVAL, "hmm_device_open: the place for the handle is NULL");
     int r = spec_parse(spec, &driver, values);
-    if (!r)
-        r = check_driver(driver);
     if (!r)
         r = manager_get(&mm);
     if (r)
@@ -216,7 +211,7 @@ int hmm_pagemap_add(struct hmm_device *dev, const struct hmm_pagemap_desc *desc)
 {
     if (dev->pagemap)
         return hmm_fail(-EBUSY, "device %s has its memory already", dev->driver->name);
-    return pagemap_create(desc, dev, dev->priv, &dev->pagemap);
+    return pagemap_create(desc, dev, desc ? desc->priv : NULL, &dev->pagemap);
 }
 
 /* ---- close ---- */
@@ -233,21 +228,27 @@ static void bring_all_home(struct call *call)
     c->result = migrate_range_to_system(c->dev->mm, c->dev, 0, UINTPTR_MAX & BLOCK_MASK, NULL);
 }
 
-#define EVACUATE_TRIES 100 /* of 100 ms: invalidations may wait for kernels to end at their deadlines */
+#define EVACUATE_TRIES                                                                                                         \
+    100 /* of 100 ms: invalidations may wait for kernels to end at their deadlines, a device may fail and recover */
 
 /* Everything migrates back; pages in flight or dropped settle meanwhile. */
 static int evacuate(struct hmm_device *dev)
 {
+    int failed = 0;
     for (unsigned tries = 0; tries < EVACUATE_TRIES; tries++) {
         struct home_call c = {.call.fn = bring_all_home, .dev = dev};
         manager_call(&c.call);
         int r = pagemap_wait(dev->pagemap, 100000000);
         if (!r)
             return 0;
-        if (c.result)
+        if (c.result == -ENOMEM)
             return hmm_fail(c.result, "%llu pages of device %s could not be brought home: %s; free memory, then close it again",
                             (unsigned long long)pagemap_used(dev->pagemap), dev->driver->name, hmm_strerror(c.result));
+        failed = c.result;
     }
+    if (failed)
+        return hmm_fail(failed, "%llu pages of device %s could not be brought home: %s; close it again later",
+                        (unsigned long long)pagemap_used(dev->pagemap), dev->driver->name, hmm_strerror(failed));
     return hmm_fail(-EBUSY, "%llu pages of device %s are pinned or in use; close it again later",
                     (unsigned long long)pagemap_used(dev->pagemap), dev->driver->name);
 }
@@ -274,7 +275,12 @@ int hmm_device_close(hmm_dev handle)
         return hmm_fail(-ENODEV, "device handle %d is not open (closed before, or never opened)", handle);
     struct hmm_device *dev = devices.slots[slot].dev;
     if (state == SLOT_OPEN) {
+        /* A handler might touch a page whose way home needs a lock that the driver has, or that of another device whose jobs start. */
+        signals_block();
+        sched_stop(dev);
         dev->driver->stop(dev->priv);
+        signals_unblock();
+        sched_wait(dev);
         pagemap_kill(dev->pagemap);
     }
     wait_users(slot);
@@ -283,8 +289,9 @@ int hmm_device_close(hmm_dev handle)
         set_slot(slot, SLOT_STUCK);
         return r;
     }
+    remove_pagemap(dev); /* before its memory goes: the address may be another device's at once */
     dev->driver->close(dev->priv);
-    remove_pagemap(dev);
+    sched_free(dev);
     set_slot(slot, SLOT_FREE);
     mem_free(dev, sizeof(*dev));
     manager_put();
@@ -305,9 +312,11 @@ int hmm_device_info(hmm_dev handle, struct hmm_device_info *info)
         return -ENODEV;
     struct hmm_device_info all = {
         .size = info->size,
-        .page_size = os_page_size(),
+        .page_size = (uint32_t)pagemap_granule(dev->pagemap),
         .memory_bytes = dev->pagemap->desc.pages << os_page_shift(),
         .used_bytes = pagemap_used(dev->pagemap) << os_page_shift(),
+        .jobs = sched_jobs(dev),
+        .lost = device_is_lost(dev),
     };
     strncpy(all.name, dev->driver->name, sizeof(all.name) - 1);
     memcpy(all.spec, dev->spec, sizeof(all.spec));
@@ -316,21 +325,16 @@ int hmm_device_info(hmm_dev handle, struct hmm_device_info *info)
     return 0;
 }
 
-void hmm_drivers(hmm_driver_fn fn, void *arg)
-{
-    for (unsigned i = 0; hmm_builtin_drivers[i]; i++) {
-        const struct hmm_driver *d = hmm_builtin_drivers[i];
-        fn(d->name, d->description, NULL, NULL, arg);
-        for (unsigned k = 0; d->options && d->options[k].name; k++)
-            fn(d->name, d->description, d->options[k].name, d->options[k].help, arg);
-    }
-}
-
 /* ---- what core provides to drivers ---- */
 
 const uint32_t *hmm_event_gate(struct hmm_device *dev)
 {
-    return &dev->mm->gate;
+    return dev->mm->gate;
+}
+
+int hmm_event_gate_fd(struct hmm_device *dev)
+{
+    return dev->mm->gate_fd;
 }
 
 void hmm_event_sync(struct hmm_device *dev)
@@ -350,16 +354,44 @@ int hmm_range_snapshot(struct hmm_device *dev, uintptr_t start, uintptr_t end, u
     return mirror_snapshot(dev, start, end, pfns);
 }
 
+/* To system calls a page whose content is lost looks like one that is not there. */
+static int64_t bus_result(struct hmm_device *dev, uintptr_t addr, int64_t r)
+{
+    return r == -EFAULT && mirror_is_poisoned(dev, addr) ? -EHWPOISON : r;
+}
+
 int64_t hmm_bus_read(struct hmm_device *dev, uintptr_t addr, void *buf, size_t len)
 {
-    (void)dev;
-    return os->vm_read(addr, buf, len);
+    return bus_result(dev, addr, os->vm_read(addr, buf, len));
 }
 
 int64_t hmm_bus_write(struct hmm_device *dev, uintptr_t addr, const void *buf, size_t len)
 {
-    (void)dev;
-    return os->vm_write(addr, buf, len);
+    return bus_result(dev, addr, os->vm_write(addr, buf, len));
+}
+
+/* A range that the device does not have: a bug of the driver, which must not become one of core. */
+static bool has_pages(struct hmm_device *dev, uint64_t page, uint64_t count)
+{
+    if (dev->pagemap && page < dev->pagemap->desc.pages && count <= dev->pagemap->desc.pages - page)
+        return true;
+    hmm_log(HMM_LOG_ERROR, "driver %s names %llu device pages from %llu on, which do not exist", dev->driver->name,
+            (unsigned long long)count, (unsigned long long)page);
+    return false;
+}
+
+void hmm_page_get(struct hmm_device *dev, uint64_t page, uint64_t count)
+{
+    if (!has_pages(dev, page, count))
+        return;
+    for (uint64_t i = 0; i < count; i++)
+        pagemap_get(dev->pagemap, page + i);
+}
+
+void hmm_page_put(struct hmm_device *dev, uint64_t page, uint64_t count)
+{
+    if (has_pages(dev, page, count))
+        pagemap_put(dev->pagemap, page, count);
 }
 
 int hmm_notifier_insert(struct hmm_device *dev, struct hmm_notifier *n, uintptr_t start, uintptr_t end,

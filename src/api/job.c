@@ -1,219 +1,164 @@
 /* SPDX-License-Identifier: MIT */
-/* Jobs: checking and copying their parameters, handing them to the driver, completing their fences. */
+/* Jobs, queues and descriptors of fences: the entry points. What they do stands in src/job. */
 #include <errno.h>
 #include <string.h>
 
 #include "api/manager.h"
-#include "base/alloc.h"
+#include "base/error.h"
 #include "base/fence.h"
+#include "job/job.h"
 
-#define ARG_MAX_BYTES (64u << 10)
-#define ARG_ALIGN 16
-#define DEADLINE_MS 1000
+/* ---- jobs -------------------------------------------------------------------------------------------------------- */
 
-/* The argument block follows the job in one allocation. */
-struct job_box {
-    struct hmm_job job;
-    size_t bytes; /* of the allocation */
-};
-
-static size_t arg_offset(void)
+/* Signals are blocked, once around all locks, ours and those of the driver; but not while memory of the program is touched. */
+static int submit_blocked(hmm_dev handle, const struct job_request *rq, hmm_fence **fence)
 {
-    return (sizeof(struct job_box) + ARG_ALIGN - 1) & ~(size_t)(ARG_ALIGN - 1);
-}
-
-static struct hmm_job *job_alloc(enum hmm_op op, size_t arg_size)
-{
-    size_t bytes = arg_offset() + arg_size;
-    struct job_box *box = mem_alloc(bytes);
-    if (!box)
-        return NULL;
-    box->bytes = bytes;
-    box->job.op = op;
-    box->job.arg = (char *)box + arg_offset();
-    box->job.fence = fence_new();
-    if (!box->job.fence) {
-        mem_free(box, bytes);
-        return NULL;
-    }
-    return &box->job;
-}
-
-/* The device is kept open until submit(). NULL with *err set. */
-static struct hmm_job *job_new(hmm_dev handle, enum hmm_op op, size_t arg_size, struct hmm_device **dev, int *err)
-{
-    *dev = device_get(handle);
-    if (!*dev) {
-        *err = -ENODEV;
-        return NULL;
-    }
-    struct hmm_job *job = job_alloc(op, arg_size);
-    if (!job) {
-        device_put(*dev);
-        *err = hmm_fail(-ENOMEM, "no memory for a job");
-    }
-    return job;
-}
-
-static void job_free(struct hmm_job *job)
-{
-    struct job_box *box = container_of(job, struct job_box, job);
-    fence_put(job->fence);
-    mem_free(box, box->bytes);
-}
-
-void hmm_job_done(struct hmm_job *job, const struct hmm_job_status *status)
-{
-    fence_complete(job->fence, status);
-    job_free(job);
-}
-
-static bool bad_range(uintptr_t start, size_t len)
-{
-    return len == 0 || start == 0 || start + len < start;
-}
-
-static int check_range(const char *what, const void *ptr, size_t len)
-{
-    if (!bad_range((uintptr_t)ptr, len))
-        return 0;
-    return hmm_fail(-EINVAL, "%s: the range at %p of %zu bytes is %s", what, ptr, len,
-                    len == 0 ? "empty"
-                    : !ptr   ? "NULL"
-                             : "wrapping around the address space");
-}
-
-/* The driver owns the job from here, or it is freed. Lets go of the device. */
-static int submit(struct hmm_device *dev, struct hmm_job *job, hmm_fence **fence)
-{
-    hmm_fence *f = fence_get(job->fence);
-    int r = -EOPNOTSUPP;
-    if (dev->driver->submit) {
-        signals_block();  /* the driver takes locks of its own */
-        mm_sync(dev->mm); /* changes that the program made before this call are known to the device's notifiers */
-        r = dev->driver->submit(dev->priv, job);
+    int r = -ENODEV;
+    struct hmm_device *dev = device_get(handle);
+    struct job *job = dev ? job_new(dev, rq, &r) : NULL;
+    if (job && job_needs_copy(rq)) {
         signals_unblock();
+        r = job_copy(job, rq);
+        signals_block();
     }
-    if (r)
-        job_free(job);
-    if (r || !fence)
-        fence_put(f);
-    else
-        *fence = f;
-    if (r == -EBUSY)
-        hmm_fail(r, "the queue of device %s is full: wait for a fence, then submit again", dev->driver->name);
-    else if (r)
-        hmm_fail(r, "device %s does not take the job: %s", dev->driver->name, hmm_strerror(r));
-    device_put(dev);
+    if (job && r)
+        job_put(job);
+    if (job && !r) {
+        mm_sync(dev->mm); /* changes that the program made before this call are known to the device's notifiers */
+        r = job_submit(job, fence);
+    }
+    if (dev)
+        device_put(dev);
     return r;
+}
+
+/* call: what messages begin with; NULL: the operation. */
+static int submit(const char *call, hmm_dev dev, const struct hmm_job_desc *desc, hmm_fence **fence)
+{
+    struct job_request rq;
+    hmm_fence *made = NULL;
+    int r = api_enter();
+    if (!r)
+        r = job_read(&rq, desc, call);
+    if (r)
+        return r;
+    signals_block();
+    r = submit_blocked(dev, &rq, fence ? &made : NULL);
+    signals_unblock();
+    if (!r && fence)
+        *fence = made;
+    return r;
+}
+
+int hmm_job_submit(hmm_dev dev, const struct hmm_job_desc *desc, hmm_fence **fence)
+{
+    return submit(NULL, dev, desc, fence);
 }
 
 int hmm_job_copy(hmm_dev dev, void *dst, const void *src, size_t len, hmm_fence **fence)
 {
-    int r = api_enter();
-    if (!r)
-        r = check_range("hmm_job_copy: source", src, len);
-    if (!r)
-        r = check_range("hmm_job_copy: destination", dst, len);
-    if (r)
-        return r;
-    struct hmm_device *on;
-    struct hmm_job *job = job_new(dev, HMM_OP_COPY, 0, &on, &r);
-    if (!job)
-        return r;
-    job->dst = (uintptr_t)dst;
-    job->src = (uintptr_t)src;
-    job->bytes = len;
-    return submit(on, job, fence);
+    struct hmm_job_desc desc = {.size = sizeof(desc), .operation.kind = HMM_OP_COPY};
+    desc.operation.copy = (struct hmm_op_copy){.dst = dst, .src = src, .bytes = len};
+    return submit("hmm_job_copy", dev, &desc, fence);
 }
 
 int hmm_job_fill(hmm_dev dev, void *dst, uint8_t value, size_t len, hmm_fence **fence)
 {
-    int r = api_enter();
-    if (!r)
-        r = check_range("hmm_job_fill", dst, len);
-    if (r)
-        return r;
-    struct hmm_device *on;
-    struct hmm_job *job = job_new(dev, HMM_OP_FILL, 0, &on, &r);
-    if (!job)
-        return r;
-    job->dst = (uintptr_t)dst;
-    job->bytes = len;
-    job->value = value;
-    return submit(on, job, fence);
+    struct hmm_job_desc desc = {.size = sizeof(desc), .operation.kind = HMM_OP_FILL};
+    desc.operation.fill = (struct hmm_op_fill){.dst = dst, .bytes = len, .value = value};
+    return submit("hmm_job_fill", dev, &desc, fence);
 }
 
 int hmm_job_crc32c(hmm_dev dev, const void *src, size_t len, hmm_fence **fence)
 {
-    int r = api_enter();
-    if (!r)
-        r = check_range("hmm_job_crc32c", src, len);
-    if (r)
-        return r;
-    struct hmm_device *on;
-    struct hmm_job *job = job_new(dev, HMM_OP_CRC32C, 0, &on, &r);
-    if (!job)
-        return r;
-    job->src = (uintptr_t)src;
-    job->bytes = len;
-    return submit(on, job, fence);
+    struct hmm_job_desc desc = {.size = sizeof(desc), .operation.kind = HMM_OP_CRC32C};
+    desc.operation.crc32c = (struct hmm_op_crc32c){.src = src, .bytes = len};
+    return submit("hmm_job_crc32c", dev, &desc, fence);
 }
 
 int hmm_job_launch(hmm_dev dev, const struct hmm_launch *launch, hmm_fence **fence)
 {
+    struct hmm_job_desc desc = {.size = sizeof(desc), .operation.kind = HMM_OP_KERNEL};
     int r = api_enter();
     if (r)
         return r;
     if (!launch || launch->size < sizeof(*launch))
         return hmm_fail(-EINVAL, "hmm_job_launch: set launch->size to sizeof(struct hmm_launch)");
-    if (!launch->kernel)
-        return hmm_fail(-EINVAL, "hmm_job_launch: the kernel is NULL");
-    if (launch->arg_size > ARG_MAX_BYTES || (launch->arg_size && !launch->arg))
-        return hmm_fail(-EINVAL, "hmm_job_launch: the argument block is %s (at most 64 KiB)",
-                        launch->arg ? "too large" : "NULL but has a size");
-    struct hmm_device *on;
-    struct hmm_job *job = job_new(dev, HMM_OP_KERNEL, launch->arg_size, &on, &r);
-    if (!job)
+    desc.operation.kernel = *launch;
+    return submit("hmm_job_launch", dev, &desc, fence);
+}
+
+int hmm_job_cancel(hmm_fence *fence)
+{
+    int r = api_enter();
+    if (r)
         return r;
-    job->kernel = launch->kernel;
-    job->deadline_ms = launch->deadline_ms ? launch->deadline_ms : DEADLINE_MS;
-    if (launch->arg_size)
-        memcpy(job->arg, launch->arg, launch->arg_size); /* may fault: no lock is held */
-    return submit(on, job, fence);
+    struct job *job = fence ? job_of(fence) : NULL;
+    if (!job)
+        return hmm_fail(-EINVAL, "hmm_job_cancel: the fence is %s",
+                        fence ? "not a job's: hmm_fence_complete() ends it" : "NULL");
+    signals_block(); /* jobs that had to wait for this one may start: drivers take locks of their own */
+    r = sched_cancel(job);
+    signals_unblock();
+    return r ? hmm_fail(r, "hmm_job_cancel: the job is done already") : 0;
 }
 
-const void *hmm_span_read(hmm_accessor *acc, const void *ptr, size_t *len)
+/* ---- queues ------------------------------------------------------------------------------------------------------ */
+
+int hmm_queue_create(hmm_dev handle, const struct hmm_queue_config *config, hmm_queue **queue)
 {
-    return acc->span(acc, (uintptr_t)ptr, len, false);
+    int r = api_enter();
+    if (r)
+        return r;
+    if (!queue)
+        return hmm_fail(-EINVAL, "hmm_queue_create: the place for the queue is NULL");
+    struct hmm_device *dev = device_get(handle);
+    if (!dev)
+        return -ENODEV;
+    r = queue_new(dev, config, queue);
+    device_put(dev);
+    return r;
 }
 
-void *hmm_span_write(hmm_accessor *acc, void *ptr, size_t *len)
+void hmm_queue_destroy(hmm_queue *queue)
 {
-    return acc->span(acc, (uintptr_t)ptr, len, true);
+    if (queue && api_enter() == 0)
+        queue_put(queue);
 }
 
-void hmm_yield(hmm_accessor *acc)
+/* ---- fences ------------------------------------------------------------------------------------------------------ */
+
+int hmm_fence_create(hmm_fence **fence)
 {
-    acc->yield(acc);
+    int r = api_enter();
+    if (r)
+        return r;
+    if (!fence)
+        return hmm_fail(-EINVAL, "hmm_fence_create: the place for the fence is NULL");
+    if (!manager_use())
+        return -ENODEV;
+    hmm_fence *made = fence_user_new();
+    manager_unuse();
+    if (!made)
+        return hmm_fail(-ENOMEM, "no memory for a fence");
+    *fence = made;
+    return 0;
 }
 
-void hmm_get(hmm_accessor *acc, void *local, const void *ptr, size_t len)
+/* Fences that are not done end with the last device: so where there is no manager, this one is done or about to be. */
+int hmm_fence_fd(hmm_fence *fence)
 {
-    for (size_t done = 0; done < len;) {
-        size_t n = len - done;
-        const void *span = acc->span(acc, (uintptr_t)ptr + done, &n, false);
-        memcpy((char *)local + done, span, n);
-        done += n;
-    }
-}
-
-void hmm_put(hmm_accessor *acc, void *ptr, const void *local, size_t len)
-{
-    for (size_t done = 0; done < len;) {
-        size_t n = len - done;
-        void *span = acc->span(acc, (uintptr_t)ptr + done, &n, true);
-        memcpy(span, (const char *)local + done, n);
-        done += n;
-    }
+    int r = api_enter();
+    if (r)
+        return r;
+    if (!fence)
+        return hmm_fail(-EINVAL, "hmm_fence_fd: the fence is NULL; pass the one that the submitting call returned");
+    bool runs = manager_use() != NULL;
+    if (!runs)
+        fence_wait(fence, -1);
+    message_clear();
+    r = fence_watch(fence);
+    if (runs)
+        manager_unuse();
+    return r;
 }

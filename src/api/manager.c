@@ -14,6 +14,7 @@
 #include "base/futex.h"
 #include "debug/inject.h"
 #include "fault/fault.h"
+#include "job/job.h"
 #include "migrate/staging.h"
 #include "os/own.h"
 
@@ -61,9 +62,12 @@ static void forget_parent(void)
     manager.running = 0;
     *manager.alive = 1;
     devices_forget();
+    kernel_forget();
     own_forget();
     pagemap_forget();
     threads_forget();
+    jobs_forget();
+    fence_forget();
     mem_forget();
     log_forget();
     lock_forget();
@@ -243,9 +247,14 @@ static int start(void)
     r = workers_start(&manager.callers, "hmm-migrate", CALLERS);
     if (r)
         goto stop_faults;
+    r = jobs_start();
+    if (r)
+        goto stop_callers;
     __atomic_store_n(&manager.running, 1, __ATOMIC_RELEASE);
     return 0;
 
+stop_callers:
+    workers_stop(&manager.callers);
 stop_faults:
     fault_stop();
 stop_staging:
@@ -265,6 +274,8 @@ static void stop(void)
     __atomic_store_n(&manager.running, 0, __ATOMIC_SEQ_CST);
     for (uint32_t n; (n = __atomic_load_n(&manager.users, __ATOMIC_SEQ_CST)) != 0;)
         futex_wait(&manager.users, n, -1);
+    fence_user_cancel_all();
+    jobs_stop();
     workers_stop(&manager.callers);
     fault_stop();
     threads_call(staging_exit_in_root, NULL);

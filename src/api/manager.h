@@ -41,6 +41,8 @@ bool manager_validates(void);
 struct hmm_device *device_get(hmm_dev handle);
 void device_put(struct hmm_device *dev);
 hmm_dev device_handle(const struct hmm_device *dev);
+/* lost.c: -ENODEV with message where the device is lost, else 0. */
+int device_refuse_lost(const struct hmm_device *dev);
 /* Forgets everything, in a child of fork. */
 void devices_forget(void);
 /* Bytes of page descriptors of all open devices; and their allocated pages. */
@@ -48,11 +50,5 @@ uint64_t devices_descriptor_bytes(void);
 uint64_t devices_used_pages(void);
 /* Calls fn for each open device's pagemap. The caller is inside manager_use(). */
 void devices_each(void (*fn)(struct pagemap *pm, void *arg), void *arg);
-
-/* ---- spec.c ---- */
-
-/* Splits "NAME:option=value,..." and checks it against the driver's table. values has room for 16. Messages quote the word. */
-#define OPTIONS_MAX 16
-int spec_parse(const char *spec, const struct hmm_driver **driver, union hmm_option_value *values);
 
 #endif

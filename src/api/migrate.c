@@ -119,10 +119,13 @@ int hmm_migrate_to_device(hmm_dev handle, const void *addr, size_t len, struct h
         *c = (struct migrate_call){.call.fn = run_to_device, .dev = dev, .mm = dev->mm, .start = start, .end = end};
         manager_call(&c->call);
     }
-    device_put(dev);
     struct hmm_migrate_result sum = c ? c->res : (struct hmm_migrate_result){0};
     r = c ? c->result : -ENOMEM;
     mem_free(c, sizeof(*c));
+    bool lost = r && device_refuse_lost(dev);
+    device_put(dev);
+    if (lost)
+        return -ENODEV;
     if (r)
         return hmm_fail(r, "migration of [%#lx, %#lx) to the device stopped: %s", (unsigned long)start, (unsigned long)end,
                         hmm_strerror(r));
@@ -177,7 +180,7 @@ int hmm_migrate_to_system(const void *addr, size_t len, struct hmm_migrate_resul
     manager_unuse();
     if (r)
         return hmm_fail(r, "bringing [%#lx, %#lx) home stopped: %s", (unsigned long)start, (unsigned long)end, hmm_strerror(r));
-    uint64_t counted = sum.moved + sum.pinned + sum.busy, pages = (end - start) >> os_page_shift();
+    uint64_t counted = sum.moved + sum.pinned + sum.unmovable + sum.busy, pages = (end - start) >> os_page_shift();
     sum.already = pages > counted ? pages - counted : 0;
     give_result(res, &sum);
     return 0;

@@ -78,47 +78,6 @@ void message_clear(void)
     message[0] = 0;
 }
 
-const char *hmm_strerror(int err)
-{
-    static const struct {
-        int err;
-        const char *text;
-    } texts[] = {
-        {0, "success"},
-        {EPERM, "the system does not permit it (see `hmm check`)"},
-        {ENOENT, "no such thing"},
-        {ESRCH, "the handle belongs to the parent process"},
-        {EINTR, "interrupted"},
-        {EIO, "the device failed to transfer data"},
-        {E2BIG, "too large"},
-        {EBADF, "bad file descriptor"},
-        {EAGAIN, "not ready yet; try again"},
-        {ENOMEM, "out of system memory"},
-        {EACCES, "the mapping's protection forbids the access"},
-        {EFAULT, "nothing is mapped at the address"},
-        {EBUSY, "busy: in use, or the queue is full"},
-        {EEXIST, "exists already"},
-        {ENODEV, "no such device, or the device is closed"},
-        {EINVAL, "invalid argument"},
-        {ENFILE, "too many pagemaps in the process"},
-        {EMFILE, "too many open devices or file descriptors"},
-        {ENOSPC, "no room: out of device memory, or the caller's array is too small"},
-        {EDEADLK, "would deadlock"},
-        {ENOSYS, "not supported by this kernel or this build (see `hmm check`)"},
-        {EOPNOTSUPP, "not supported"},
-        {EPROTO, "the other side broke the protocol"},
-        {EOVERFLOW, "the value does not fit"},
-        {ETIMEDOUT, "ended at its deadline"},
-        {EINPROGRESS, "still running"},
-        {ECANCELED, "cancelled: the device was closed or reset"},
-        {EHWPOISON, "the only copy of the page was lost with its device"},
-    };
-    for (size_t i = 0; i < ARRAY_LEN(texts); i++)
-        if (-texts[i].err == err)
-            return texts[i].text;
-    return "unknown error";
-}
-
 /* ---- delivery ---- */
 
 static void wait_for_deliveries_before(uint64_t limit)
@@ -239,6 +198,12 @@ void log_library_thread(void)
 const uint32_t *log_pending_word(void)
 {
     return &pending;
+}
+
+void log_wake(void)
+{
+    __atomic_fetch_add(&pending, 1, __ATOMIC_RELEASE);
+    futex_wake(&pending, 1);
 }
 
 void log_forget(void)

@@ -22,6 +22,8 @@ void log_draining(bool on);
 unsigned log_drain(void);
 /* Word that changes when a line was queued; the drainer sleeps on it (futex). */
 const uint32_t *log_pending_word(void);
+/* Changes it although there is no line, so that the drainer looks whether it is to end. */
+void log_wake(void);
 /* In a child of fork: forgets queued lines and callbacks that ran in other threads. The callback stays set. */
 void log_forget(void);
 /* Clears the thread's message at the start of an API call. */

@@ -72,9 +72,9 @@ THREAD_LOCAL bool reporting; /* the report itself takes locks */
 static const char *rank_name(enum lock_rank rank)
 {
     static const char *const names[] = {
-        [RANK_MANAGER] = "manager",   [RANK_AS] = "address-space", [RANK_BLOCK] = "block",
-        [RANK_NOTIFIER] = "notifier", [RANK_DRIVER] = "driver",    [RANK_PAGEMAP] = "pagemap",
-        [RANK_QUEUE] = "queue",       [RANK_ALLOC] = "allocator",  [RANK_LOG] = "log",
+        [RANK_MANAGER] = "manager", [RANK_AS] = "address-space", [RANK_BLOCK] = "block", [RANK_NOTIFIER] = "notifier",
+        [RANK_DRIVER] = "driver",   [RANK_PAGEMAP] = "pagemap",  [RANK_JOBS] = "jobs",   [RANK_QUEUE] = "queue",
+        [RANK_ALLOC] = "allocator", [RANK_LOG] = "log",
     };
     return names[rank];
 }

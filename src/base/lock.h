@@ -4,7 +4,7 @@
  * block locks are taken in ascending address order under RANK_BLOCK. Checked in debug builds (HMM_LOCK_CHECK); a violation
  * is reported through lock_report and counted, never aborts.
  *
- *   address space (RANK_AS) -> block -> notifier -> driver -> pagemap -> queue -> allocator -> log
+ *   address space (RANK_AS) -> block -> notifier -> driver -> pagemap -> jobs -> queue -> allocator -> log
  *
  * Which ranks a thread holds is kept in every build: hmm_log() must know, because the program's callback may touch managed
  * memory and so must not run under a lock of ours.
@@ -32,6 +32,7 @@ enum lock_rank {
     RANK_NOTIFIER,
     RANK_DRIVER,
     RANK_PAGEMAP,
+    RANK_JOBS, /* of one device */
     RANK_QUEUE,
     RANK_ALLOC,
     RANK_LOG,

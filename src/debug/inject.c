@@ -42,6 +42,7 @@ enum site_id {
     UFFD_COPY,
     UFFD_ZEROPAGE,
     UFFD_MOVE,
+    UFFD_POISON,
     UFFD_PENDING,
     EVENT_OPEN,
     PAGEMAP_OPEN,
@@ -77,6 +78,7 @@ static struct site sites[SITES] = {
     [UFFD_COPY] = {"uffd_copy", INJECT_OS, false, {-EAGAIN, -ENOMEM, SHORT}, 0},
     [UFFD_ZEROPAGE] = {"uffd_zeropage", INJECT_OS, false, {-EAGAIN, -ENOMEM, SHORT}, 0},
     [UFFD_MOVE] = {"uffd_move", INJECT_OS, false, {-EAGAIN, -EBUSY, -EINVAL, -ENOMEM, SHORT, LIE_HALF, LIE_WHOLE}, 0},
+    [UFFD_POISON] = {"uffd_poison", INJECT_OS, false, {-EAGAIN, -ENOMEM, SHORT}, 0},
     [UFFD_PENDING] = {"uffd_pending", INJECT_OS, false, {PENDING}, 0},
     [EVENT_OPEN] = {"event_open", INJECT_OS, true, {-EMFILE, -ENFILE, -ENOMEM}, 0},
     [PAGEMAP_OPEN] = {"pagemap_open", INJECT_OS, true, {-EMFILE, -EACCES}, 0},
@@ -209,6 +211,15 @@ static int64_t inj_uffd_move(int uffd, uintptr_t dst, uintptr_t src, size_t len)
     }
 }
 
+static int64_t inj_uffd_poison(int uffd, uintptr_t dst, size_t len)
+{
+    int f = fails(UFFD_POISON);
+
+    if (f == SHORT)
+        return half(len) ? real->uffd_poison(uffd, dst, half(len)) : -EAGAIN;
+    return f ? f : real->uffd_poison(uffd, dst, len);
+}
+
 static int inj_uffd_pending(int uffd)
 {
     return fails(UFFD_PENDING) ? 1 : real->uffd_pending(uffd);
@@ -334,6 +345,7 @@ static void wrap(void)
     wrapped.uffd_copy = inj_uffd_copy;
     wrapped.uffd_zeropage = inj_uffd_zeropage;
     wrapped.uffd_move = inj_uffd_move;
+    wrapped.uffd_poison = inj_uffd_poison;
     wrapped.uffd_pending = inj_uffd_pending;
     wrapped.event_open = inj_event_open;
     wrapped.pagemap_open = inj_pagemap_open;

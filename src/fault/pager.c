@@ -11,6 +11,8 @@
 
 #include "base/alloc.h"
 #include "debug/inject.h"
+#include "fault/bring.h"
+#include "fault/failing.h"
 #include "fault/fault.h"
 #include "migrate/migrate.h"
 #include "mm/thread.h"
@@ -20,31 +22,17 @@
 #define FOLLOW_EVERY 64 /* faults between two looks */
 #define INLINE_PAGES 16 /* more is a worker's: the reader must get back to reading */
 #define ZERO_PAGES 16   /* absent pages given at once */
-#define FAULT_QUEUE 1024
-
-struct fault_work {
-    struct work work;
-    struct mm *mm;
-    struct window w;
-    struct list free;
-};
 
 static struct {
     struct hmm_thread *reader;
-    struct workers workers;
     struct workers limbo_worker; /* one: batches land in order, and behind nobody who waits for them */
     struct work limbo_work;
     int stop_fd;
-    struct flight *flight;   /* the reader's own */
-    struct flight **flights; /* one per worker */
-    unsigned nworkers;
+    struct flight *flight; /* the reader's own */
     struct policy_streams streams;
     unsigned since_look;
     int bound_cpu;
     char *zeros;
-    struct mutex lock; /* RANK_QUEUE: free items */
-    struct list free;
-    struct fault_work items[FAULT_QUEUE];
 } pager;
 
 static struct mm *pager_mm;
@@ -54,28 +42,7 @@ static size_t page_bytes(unsigned n)
     return (size_t)n << os_page_shift();
 }
 
-/* ---- workers ---- */
-
-static void bring_window(struct work *work, unsigned worker)
-{
-    struct fault_work *fw = container_of(work, struct fault_work, work);
-    struct mm *mm = fw->mm;
-    struct window w = fw->w;
-    mutex_lock(&pager.lock);
-    list_add_tail(&pager.free, &fw->free);
-    mutex_unlock(&pager.lock);
-    struct flight *f = pager.flights[worker];
-    while (depart_to_system(mm, f, NULL, w, NULL)) {
-        int r = land_in_system(mm, f, true, NULL);
-        if (r) { /* the pages are safe on the device; the touch is tried again */
-            hmm_log(HMM_LOG_WARNING, "pages of [%#lx, %#lx) did not come home: %s; trying again", (unsigned long)w.start,
-                    (unsigned long)w.end, hmm_strerror(r));
-            mm_backoff(mm, 7);
-            break;
-        }
-    }
-    os->uffd_wake(mm->uffd.fd, w.start, w.end - w.start);
-}
+/* ---- limbo ---- */
 
 static void land_limbo(struct work *work, unsigned worker)
 {
@@ -91,32 +58,25 @@ static void limbo_ready(struct mm *mm)
     workers_queue(&pager.limbo_worker, &pager.limbo_work);
 }
 
-static void queue_window(struct mm *mm, struct window w)
-{
-    struct fault_work *fw = NULL;
-    mutex_lock(&pager.lock);
-    if (!list_empty(&pager.free)) {
-        fw = container_of(pager.free.next, struct fault_work, free);
-        list_del(&fw->free);
-    }
-    mutex_unlock(&pager.lock);
-    if (!fw) { /* every worker is waiting for a device: the fault comes again */
-        os_sleep(50000);
-        os->uffd_wake(mm->uffd.fd, w.start, w.end - w.start);
-        return;
-    }
-    fw->mm = mm;
-    fw->w = w;
-    stat_add(&mm->stats.cpu_faults_slow, 1);
-    workers_queue(&pager.workers, &fw->work);
-}
-
 /* ---- serving one fault ---- */
 
 static int64_t zeros_at(struct mm *mm, const struct fault *ft, unsigned n)
 {
     return ft->write ? os->uffd_copy(mm->uffd.fd, ft->addr, pager.zeros, page_bytes(n))
                      : os->uffd_zeropage(mm->uffd.fd, ft->addr, page_bytes(n));
+}
+
+/* Of n pages from the missing one at addr on, those that are absent, too. COPY would overwrite the marker of a page that was poisoned
+ * in an earlier life of the manager, of which there is no entry (kernel fact 21). */
+static unsigned absent_pages(struct mm *mm, uintptr_t addr, unsigned n)
+{
+    struct os_region v;
+    uintptr_t walked;
+    int r = 0;
+    if (n == 1 || (r = os->pagemap_scan(mm->pagemap_fd, addr, addr + page_bytes(n), &v, 1, &walked)) < 0)
+        return 1;
+    uintptr_t end = r > 0 ? v.start : walked;
+    return end > addr ? (unsigned)((end - addr) >> os_page_shift()) : 1;
 }
 
 /* Gives zeros to absent pages from addr on. Caller holds mm->as shared and, where there is a block, its lock. Returns bytes given
@@ -127,6 +87,8 @@ static int64_t give_zeros(struct mm *mm, const struct block *b, const struct fau
     unsigned i = block_index(ft->addr);
     while (b && n < ZERO_PAGES && i + n < block_pages() && block_is_armed(b, i + n, 1) && !block_entry(b, i + n))
         n++;
+    if (ft->write)
+        n = absent_pages(mm, ft->addr, n);
     int64_t r = zeros_at(mm, ft, n);
     if (r == -ENOENT || r == -EINVAL) /* they may span two mappings */
         r = zeros_at(mm, ft, 1);
@@ -163,29 +125,34 @@ static void serve_unmanaged(struct mm *mm, const struct fault *ft)
     os->uffd_wake(mm->uffd.fd, ft->addr, os_page_size());
 }
 
-static void serve_device_page(struct mm *mm, struct window w)
+static void serve_device_page(struct mm *mm, struct window w, uintptr_t addr)
 {
     struct pagemap *pm = NULL;
     bool inline_ = w.end - w.start <= page_bytes(INLINE_PAGES);
     if (inline_ && depart_to_system(mm, pager.flight, NULL, w, NULL)) {
         pm = pager.flight->dev->pagemap;
-        if (land_in_system(mm, pager.flight, false, NULL) == 0)
+        if (land_in_system(mm, pager.flight, LAND_AT_ONCE, NULL) == 0) {
+            failing_forget(addr);
             return;
+        }
     }
     if (inline_ && !pm) { /* somebody else brought it */
         os->uffd_wake(mm->uffd.fd, w.start, w.end - w.start);
         return;
     }
-    queue_window(mm, w);
+    bring_queue(mm, w, addr);
 }
 
-static struct window choose_window(const struct block *b, uintptr_t addr)
+/* Caller holds the block lock; e is the entry of addr. */
+static struct window choose_window(const struct block *b, uintptr_t addr, entry_t e)
 {
+    const struct pagemap *on = pagemap_by_id(entry_id(e));
     struct policy_range r = policy_cpu_fault(&pager.streams, &(struct policy_cpu_fault){
                                                                  .pages = block_pages(),
                                                                  .page = block_index(addr),
                                                                  .number = addr >> os_page_shift(),
                                                                  .huge = b->huge && b->on_device == block_pages(),
+                                                                 .granule = pagemap_granule(on) >> os_page_shift(),
                                                              });
     return (struct window){b->base + page_bytes(r.first), b->base + page_bytes(r.end)};
 }
@@ -200,7 +167,8 @@ static void serve(struct mm *mm, const struct fault *ft)
         todo = UNMANAGED;
     } else {
         mutex_lock(&b->lock);
-        switch (entry_kind(block_entry(b, block_index(ft->addr)))) {
+        entry_t e = block_entry(b, block_index(ft->addr));
+        switch (entry_kind(e)) {
         case ENTRY_NONE:
             if (b->used == 0) {
                 todo = UNMANAGED;
@@ -210,18 +178,18 @@ static void serve(struct mm *mm, const struct fault *ft)
             }
             break;
         case ENTRY_DEVICE:
-            w = choose_window(b, ft->addr);
+            w = choose_window(b, ft->addr, e);
             todo = DEVICE;
             break;
-        case ENTRY_FLIGHT: /* whoever lands it wakes the thread */
-        case ENTRY_POISON: break;
+        case ENTRY_POISON: todo = WAKE; break;
+        case ENTRY_FLIGHT: break; /* whoever lands it wakes the thread */
         }
         mutex_unlock(&b->lock);
     }
     rwlock_read_unlock(&mm->as);
     switch (todo) {
     case UNMANAGED: serve_unmanaged(mm, ft); break;
-    case DEVICE: serve_device_page(mm, w); break;
+    case DEVICE: serve_device_page(mm, w, ft->addr); break;
     case RETRY:
         os_sleep(20000); /* an event is pending, and outlives its reading (design fact 6) */
         /* fall through */
@@ -296,33 +264,22 @@ int fault_start(struct mm *mm, unsigned n)
     memset(&pager, 0, sizeof(pager));
     pager_mm = mm;
     pager.bound_cpu = -1;
-    pager.nworkers = n;
-    mutex_init(&pager.lock, RANK_QUEUE);
-    list_init(&pager.free);
     work_init(&pager.limbo_work, land_limbo);
-    for (unsigned i = 0; i < FAULT_QUEUE; i++) {
-        work_init(&pager.items[i].work, bring_window);
-        list_add_tail(&pager.free, &pager.items[i].free);
-    }
     int r = -ENOMEM;
     pager.zeros = mem_alloc(page_bytes(ZERO_PAGES));
-    pager.flights = mem_alloc(n * sizeof(*pager.flights));
     pager.flight = flight_new(mm);
-    if (!pager.zeros || !pager.flights || !pager.flight)
+    if (!pager.zeros || !pager.flight)
         goto free;
-    for (unsigned i = 0; i < n; i++)
-        if (!(pager.flights[i] = flight_new(mm)))
-            goto free;
     mm->limbo_ready = limbo_ready;
     r = workers_start(&pager.limbo_worker, "hmm-limbo", 1);
     if (r)
         goto free;
-    r = workers_start(&pager.workers, "hmm-fault", n);
+    r = bring_start(mm, n);
     if (r)
         goto stop_limbo;
     r = threads_call(open_stop, NULL);
     if (r < 0)
-        goto stop_workers;
+        goto stop_bring;
     r = hmm_thread_start(&pager.reader, "hmm-pager", reader_main, mm);
     if (r)
         goto close_stop;
@@ -330,13 +287,12 @@ int fault_start(struct mm *mm, unsigned n)
 
 close_stop:
     threads_call(close_stop, NULL);
-stop_workers:
-    workers_stop(&pager.workers);
+stop_bring:
+    bring_stop();
 stop_limbo:
     workers_stop(&pager.limbo_worker);
 free:
     mem_free(pager.zeros, page_bytes(ZERO_PAGES));
-    mem_free(pager.flights, n * sizeof(*pager.flights));
     return hmm_fail(r, "the fault threads cannot be started: %s", hmm_strerror(r));
 }
 
@@ -344,10 +300,8 @@ void fault_stop(void)
 {
     threads_call(set_stop, NULL);
     hmm_thread_join(pager.reader);
-    workers_stop(&pager.workers);
+    bring_stop();
     workers_stop(&pager.limbo_worker); /* it lands what the last events left */
     threads_call(close_stop, NULL);
     mem_free(pager.zeros, page_bytes(ZERO_PAGES));
-    mem_free(pager.flights, pager.nworkers * sizeof(*pager.flights));
-    mutex_destroy(&pager.lock);
 }

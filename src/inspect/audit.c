@@ -51,6 +51,12 @@ static void audit_entry(struct audit *a, const struct block *b, unsigned i)
     }
 }
 
+/* The marker of a poisoned page looks like a page that is swapped. */
+static bool is_missing(entry_t e)
+{
+    return e && entry_kind(e) != ENTRY_POISON;
+}
+
 /* Pages that are away are missing for the CPU. */
 static void audit_missing(struct audit *a, const struct block *b)
 {
@@ -60,7 +66,7 @@ static void audit_missing(struct audit *a, const struct block *b)
         int n = os->pagemap_scan(a->mm->pagemap_fd, at, end, v, REGIONS, &walked);
         for (int k = 0; k < n; k++)
             for (uintptr_t addr = v[k].start; addr < v[k].end; addr += os_page_size())
-                if (block_entry(b, block_index(addr)) && os->uffd_pending(a->mm->uffd.fd) == 0)
+                if (is_missing(block_entry(b, block_index(addr))) && os->uffd_pending(a->mm->uffd.fd) == 0)
                     violation(a, "page %#lx is away and present at once", (unsigned long)addr);
         at = n < 0 ? end : walked;
     }

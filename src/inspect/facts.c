@@ -65,6 +65,8 @@ static const struct fact facts[] = {
     {fact_collapse, "19: holes of a registered mapping are not collapsed into a huge page; mprotect raises no event",
      "nothing is needed for the first; protections are asked for when they matter"},
     {fact_move_huge, "20: a huge page is moved whole", "blocks that came as a huge page go home as one"},
+    {fact_poison, "21: a poisoned page is SIGBUS until its content is dropped, whatever becomes of the userfaultfd",
+     "what was lost with a device never reads as zeros"},
 };
 
 /* ---- in the child ---- */

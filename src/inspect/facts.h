@@ -91,5 +91,6 @@ void fact_one_owner(void);
 void fact_thread_exit(void);
 void fact_system_calls(void);
 void fact_mlockall(void);
+void fact_poison(void);
 
 #endif

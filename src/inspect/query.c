@@ -41,8 +41,13 @@ static void add_entry(struct hmm_page_info *p, entry_t e, hmm_dev (*handle)(cons
     };
     p->state = state[entry_kind(e)];
     p->huge = 0;
-    if (p->state == HMM_PAGE_DEVICE)
-        p->device = handle(pagemap_by_id(entry_id(e))->dev);
+    if (p->state != HMM_PAGE_DEVICE)
+        return;
+    const struct hmm_device *dev = pagemap_by_id(entry_id(e))->dev;
+    if (device_memory_is_lost(dev))
+        p->state = HMM_PAGE_POISONED; /* not yet in the CPU's page table, but nothing else will come of it */
+    else
+        p->device = handle(dev);
 }
 
 int inspect_query(struct mm *mm, uintptr_t start, uintptr_t end, struct hmm_page_info *pages,

@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* Calls into the driver's copy engine. */
+#include <errno.h>
+
 #include "debug/inject.h"
 #include "migrate/migrate.h"
 
@@ -7,6 +9,8 @@ int driver_start_copy(struct flight *f, enum hmm_dma_kind kind, const struct hmm
 {
     lock_assert_none();
     fence_init(fence);
+    if (device_memory_is_lost(f->dev))
+        return -ENODEV;
     int r = inject_driver("copy");
     if (kind == HMM_DMA_TO_DEVICE && mutate("flip-to-device"))
         *(char *)v[0].host ^= 1;
@@ -17,6 +21,8 @@ int driver_start_clear(struct flight *f, const struct hmm_dma *v, unsigned n, hm
 {
     lock_assert_none();
     fence_init(fence);
+    if (device_memory_is_lost(f->dev))
+        return -ENODEV;
     int r = inject_driver("clear");
     return r ? r : f->dev->driver->clear(f->dev->priv, v, n, fence);
 }

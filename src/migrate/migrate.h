@@ -8,7 +8,7 @@
  *                 land_in_system     notify, copy, put, publish, free device pages, wake
  *
  * Every failure puts the pages back where they were. None of these may be called with a lock held; each may block, except
- * land_in_system with blockable == false, which the reader of the userfaultfd uses.
+ * land_in_system with LAND_AT_ONCE, which the reader of the userfaultfd uses.
  */
 #ifndef HMM_MIGRATE_H
 #define HMM_MIGRATE_H
@@ -42,9 +42,20 @@ int land_on_device(struct mm *mm, struct flight *f, struct hmm_migrate_result *r
  * f is unused. Counts pinned ones. Another call finds those on further devices. */
 unsigned depart_to_system(struct mm *mm, struct flight *f, struct hmm_device *dev, struct window w,
                           struct hmm_migrate_result *res);
-/* Brings them home. -EAGAIN: some device or event must be waited for (only when !blockable); -ENOMEM: the pages that did not find
- * memory are on the device as before; driver's errors likewise. */
-int land_in_system(struct mm *mm, struct flight *f, bool blockable, struct hmm_migrate_result *res);
+/* How to bring pages home. Where that fails, and not for LAND, the sleepers are left asleep: the caller tries again, and wakes them. */
+enum landing {
+    LAND_AT_ONCE, /* for a fault; waits for nothing: neither for devices nor for copies */
+    LAND_UNLESS_USED, /* for a fault; waits for copies, but not until a device lets go of the pages: that may take as long as a job */
+    LAND_FOR_FAULT, /* for a fault; waits for both */
+    LAND,           /* because somebody wants them home */
+};
+/*
+ * Brings them home. -EAGAIN: something must be waited for that `how` rules out; -ENOMEM: the pages that did not find memory are on
+ * the device as before; driver's errors likewise. Where the device has lost its memory they are poisoned.
+ */
+int land_in_system(struct mm *mm, struct flight *f, enum landing how, struct hmm_migrate_result *res);
+/* Poisons them: nobody can give their content any more. 0, -ENOMEM: the rest is as before. Blocks. */
+int land_as_poison(struct mm *mm, struct flight *f);
 
 /* ---- dma.c: the driver's copy engine; may be made to fail by injection ---- */
 
@@ -58,10 +69,13 @@ int driver_copy(struct flight *f, enum hmm_dma_kind kind, const struct hmm_dma *
 /* Where page i of a flight comes from. */
 struct put_source {
     char *slot;    /* staging: at slot + i * page size, may be moved; or NULL */
-    char *cpu_map; /* else device memory as the process sees it: page[i] of it is copied */
+    char *cpu_map; /* else device memory as the process sees it: page[i] of it is copied; or NULL: it is lost */
 };
-/* Puts every FLIGHT_COPY page of f into system memory at its home and clears its entry; it becomes FLIGHT_DONE, as do dropped ones.
- * Retries while events are pending if blockable. 0, -EAGAIN, -ENOMEM: the rest is as before. */
+/*
+ * Puts every FLIGHT_COPY page of f into system memory at its home and clears its entry; it becomes FLIGHT_DONE, as do dropped ones.
+ * Without a source it is poisoned there, and its entry says so. Retries while events are pending if blockable. 0, -EAGAIN, -ENOMEM,
+ * -EIO: cpu_map cannot be read, -ENODEV: the device has lost its memory; the rest is as before.
+ */
 int put_home(struct mm *mm, struct flight *f, struct put_source src, bool blockable);
 /* Gives every FLIGHT_COPY page of f the given device's entry at its home again: FLIGHT_EMPTY; dropped ones: FLIGHT_DONE. */
 void restore_entries(struct mm *mm, struct flight *f);
@@ -71,6 +85,8 @@ void clear_entries(struct mm *mm, struct flight *f);
 void free_done(struct flight *f);
 /* Wakes CPU faults asleep on the pages, and everyone who waits for a landing. To be called with home[] as published. */
 void wake_homes(struct mm *mm, struct flight *f);
+/* The same, but for faults asleep where the pages departed from: the caller wakes those. */
+void wake_moved(struct mm *mm, struct flight *f);
 
 /* ---- whole ranges ---- */
 
@@ -89,5 +105,7 @@ int migrate_range_to_device(struct mm *mm, struct cursor *c);
 /* dev NULL: from every device. First error, after trying everything. */
 int migrate_range_to_system(struct mm *mm, struct hmm_device *dev, uintptr_t start, uintptr_t end,
                             struct hmm_migrate_result *res);
+/* Brings the pages of one block home from dev unless they are in use there: -EAGAIN, and they stay; other errors as above. Wakes. */
+int migrate_unused_to_system(struct mm *mm, struct hmm_device *dev, uintptr_t base, struct hmm_migrate_result *res);
 
 #endif

@@ -19,6 +19,11 @@ static size_t page_bytes(uint64_t pages)
     return pages << os_page_shift();
 }
 
+static bool is_lost(struct put_source src)
+{
+    return !src.slot && !src.cpu_map;
+}
+
 static const char *source_of(const struct flight *f, struct put_source src, unsigned i)
 {
     return src.slot ? src.slot + page_bytes(i) : src.cpu_map + page_bytes(f->page[i]);
@@ -29,7 +34,7 @@ static unsigned run_length(const struct flight *f, struct put_source src, unsign
 {
     unsigned n = 1;
     while (n < max && i + n < f->end && f->how[i + n] == FLIGHT_COPY && f->home[i + n] == f->home[i] + page_bytes(n) &&
-           (f->home[i + n] & ~BLOCK_MASK) != 0 && (src.slot || f->page[i + n] == f->page[i] + n))
+           (f->home[i + n] & ~BLOCK_MASK) != 0 && (!src.cpu_map || f->page[i + n] == f->page[i] + n))
         n++;
     return n;
 }
@@ -47,10 +52,16 @@ static int gone_from_slot(struct mm *mm, uintptr_t slot, unsigned n)
 }
 
 /* One try: pages put from the start of the run (> 0) or an error about its first page. */
-static int try_run(struct mm *mm, struct flight *f, const char *from, bool may_move, unsigned i, unsigned n, bool *moved)
+static int try_run(struct mm *mm, struct flight *f, struct put_source src, unsigned i, unsigned n, bool *moved)
 {
     *moved = false;
-    if (may_move) {
+    if (is_lost(src)) {
+        int64_t r = mutate("poison") ? os->uffd_zeropage(mm->uffd.fd, f->home[i], page_bytes(n))
+                                     : os->uffd_poison(mm->uffd.fd, f->home[i], page_bytes(n));
+        return r > 0 ? (int)(r >> os_page_shift()) : (int)r;
+    }
+    const char *from = source_of(f, src, i);
+    if (src.slot) {
         int64_t r = os->uffd_move(mm->uffd.fd, f->home[i], (uintptr_t)from, page_bytes(n));
         int k = r == (int64_t)page_bytes(n) ? (int)n : gone_from_slot(mm, (uintptr_t)from, n);
         *moved = k > 0;
@@ -77,19 +88,18 @@ static unsigned within_mapping(struct mm *mm, uintptr_t home, unsigned n)
 /* Caller holds mm->as shared and the block lock. */
 static int put_run(struct mm *mm, struct flight *f, struct put_source src, unsigned i, unsigned n, bool *moved)
 {
-    const char *from = source_of(f, src, i);
-    if (mutate("flip-to-system"))
-        *(char *)from ^= 1;
-    int r = try_run(mm, f, from, src.slot != NULL, i, n, moved);
-    if (r > 0 || r == -EAGAIN || r == -ENOMEM || r == -EEXIST)
+    if (mutate("flip-to-system") && !is_lost(src))
+        *(char *)source_of(f, src, i) ^= 1;
+    int r = try_run(mm, f, src, i, n, moved);
+    if (r > 0 || r == -EAGAIN || r == -ENOMEM || r == -EEXIST || r == -EFAULT)
         return r;
-    return try_run(mm, f, from, src.slot != NULL, i, within_mapping(mm, f->home[i], n), moved);
+    return try_run(mm, f, src, i, within_mapping(mm, f->home[i], n), moved);
 }
 
-static void clear_run(struct flight *f, struct block *b, unsigned i, unsigned n)
+static void settle_run(struct flight *f, struct block *b, unsigned i, unsigned n, entry_t e)
 {
     for (unsigned k = i; k < i + n; k++) {
-        block_set(b, block_index(f->home[k]), 0);
+        block_set(b, block_index(f->home[k]), e);
         f->how[k] = FLIGHT_DONE;
     }
 }
@@ -102,9 +112,11 @@ static int refused(struct mm *mm, struct flight *f, struct block *b, unsigned i,
         /* Only a mapping that we were not told about can have a page here; what the program wrote there is newer. */
         hmm_log(HMM_LOG_WARNING, "page %#lx was filled by somebody else while it was away: its newer content stays",
                 (unsigned long)home);
-        clear_run(f, b, i, 1);
+        settle_run(f, b, i, 1, 0);
         return 0;
     }
+    if (err == -EFAULT) /* the source: device memory that the process cannot read */
+        return -EIO;
     if (err == -EAGAIN || err == -ENOMEM)
         return err;
     struct os_vma vma;
@@ -115,7 +127,7 @@ static int refused(struct mm *mm, struct flight *f, struct block *b, unsigned i,
         if (os->uffd_pending(mm->uffd.fd) != 0)
             return -EAGAIN;
         hmm_log(HMM_LOG_WARNING, "page %#lx was unmapped without an event: dropped", (unsigned long)home);
-        clear_run(f, b, i, 1);
+        settle_run(f, b, i, 1, 0);
         stat_add(&mm->stats.dropped, 1);
         return 0;
     }
@@ -129,6 +141,8 @@ static int refused(struct mm *mm, struct flight *f, struct block *b, unsigned i,
 static int put_step(struct mm *mm, struct flight *f, struct put_source src, unsigned i)
 {
     int r = 1;
+    if (src.cpu_map && device_memory_is_lost(f->dev) && !mutate("lost-read"))
+        return -ENODEV;
     rwlock_read_lock(&mm->as);
     if (f->home[i] == 0) {
         f->how[i] = FLIGHT_DONE;
@@ -140,7 +154,7 @@ static int put_step(struct mm *mm, struct flight *f, struct put_source src, unsi
     bool moved;
     r = put_run(mm, f, src, i, n, &moved);
     if (r > 0) {
-        clear_run(f, b, i, r);
+        settle_run(f, b, i, r, is_lost(src) ? entry_make(ENTRY_POISON, 0, 0) : 0);
         if (moved && f->huge && (unsigned)r == block_pages())
             stat_add(&mm->stats.huge_to_system, 1);
     } else {
@@ -223,13 +237,20 @@ void free_done(struct flight *f)
     }
 }
 
+void wake_moved(struct mm *mm, struct flight *f)
+{
+    for (unsigned i = f->first; i < f->end; i++)
+        if (f->home[i] && f->home[i] != f->base + page_bytes(i))
+            os->uffd_wake(mm->uffd.fd, f->home[i], os_page_size());
+    flight_landed(mm);
+}
+
 void wake_homes(struct mm *mm, struct flight *f)
 {
-    if (!mutate("wake")) {
-        os->uffd_wake(mm->uffd.fd, f->base + page_bytes(f->first), page_bytes(f->end - f->first));
-        for (unsigned i = f->first; i < f->end; i++)
-            if (f->home[i] && f->home[i] != f->base + page_bytes(i))
-                os->uffd_wake(mm->uffd.fd, f->home[i], os_page_size());
+    if (mutate("wake")) {
+        flight_landed(mm);
+        return;
     }
-    flight_landed(mm);
+    os->uffd_wake(mm->uffd.fd, f->base + page_bytes(f->first), page_bytes(f->end - f->first));
+    wake_moved(mm, f);
 }

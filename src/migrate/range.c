@@ -127,12 +127,12 @@ static int block_to_system(struct mm *mm, struct flight *f, struct hmm_device *d
 {
     int first = 0;
     for (;;) {
-        uint64_t pinned = res ? res->pinned : 0;
+        uint64_t pinned = res ? res->pinned : 0, unmovable = res ? res->unmovable : 0;
         if (!depart_to_system(mm, f, dev, w, res))
             break;
         if (res)
-            res->pinned = pinned; /* the next look counts them again */
-        int r = land_in_system(mm, f, true, res);
+            res->pinned = pinned, res->unmovable = unmovable; /* the next look counts them again */
+        int r = land_in_system(mm, f, LAND, res);
         first = first ? first : r;
         if (r)
             break;
@@ -164,4 +164,17 @@ int migrate_range_to_system(struct mm *mm, struct hmm_device *dev, uintptr_t sta
     }
     flight_put(mm, f);
     return first;
+}
+
+int migrate_unused_to_system(struct mm *mm, struct hmm_device *dev, uintptr_t base, struct hmm_migrate_result *res)
+{
+    struct window w = {base, base + OS_BLOCK_SIZE};
+    struct flight *f = flight_get(mm, true);
+    int r = 0;
+    if (depart_to_system(mm, f, dev, w, res))
+        r = land_in_system(mm, f, LAND_UNLESS_USED, res);
+    if (r) /* nobody tries again: who touched a page meanwhile asks for it anew */
+        os->uffd_wake(mm->uffd.fd, w.start, w.end - w.start);
+    flight_put(mm, f);
+    return r;
 }

@@ -17,6 +17,7 @@ struct slots {
     unsigned n;
     uint64_t *used;   /* a byte per slot would do; words keep it simple to index */
     bool *registered; /* OUT only */
+    bool *tables;     /* a page table may stand there, even when no page does */
 };
 
 static struct {
@@ -39,6 +40,8 @@ static void slots_exit(struct slots *s)
         mem_free(s->used, s->n * sizeof(*s->used));
     if (s->registered)
         mem_free(s->registered, s->n * sizeof(*s->registered));
+    if (s->tables)
+        mem_free(s->tables, s->n * sizeof(*s->tables));
     memset(s, 0, sizeof(*s));
 }
 
@@ -48,7 +51,8 @@ static int slots_init(struct slots *s, enum staging_kind kind, unsigned n)
     s->n = n;
     s->used = mem_alloc(n * sizeof(*s->used));
     s->registered = mem_alloc(n * sizeof(*s->registered));
-    if (!s->used || !s->registered)
+    s->tables = mem_alloc(n * sizeof(*s->tables));
+    if (!s->used || !s->registered || !s->tables)
         return -ENOMEM;
     int r = own_map(n * OS_BLOCK_SIZE, OS_BLOCK_SIZE, map_flags(kind), &base);
     s->base = base;
@@ -142,7 +146,24 @@ static int renew(void *slot, enum staging_kind kind)
     return r;
 }
 
-void staging_put(struct mm *mm, enum staging_kind kind, void *slot)
+/*
+ * Dropping the pages is cheap: it takes the lock of the address space shared. It leaves the page table on kernels before 6.14, and a whole
+ * huge page can only stand, or be moved to, where there is none. So a slot that huge pages use is mapped afresh, unless there
+ * never was a table; small pages need not care. While the slot could not be unregistered, dropping raises an event, which our reader
+ * takes: slower, not wrong.
+ */
+static int empty_slot(struct slots *s, unsigned i, enum staging_kind kind, bool huge)
+{
+    void *slot = s->base + i * OS_BLOCK_SIZE;
+    if (!s->registered[i] && (kind == STAGING_IN_HUGE || (huge && s->tables[i]))) {
+        s->tables[i] = false;
+        return renew(slot, kind);
+    }
+    s->tables[i] |= !huge;
+    return os->advise(slot, OS_BLOCK_SIZE, OS_ADVISE_DONTNEED);
+}
+
+void staging_put(struct mm *mm, enum staging_kind kind, void *slot, bool huge)
 {
     struct slots *s = &staging.kinds[kind];
     unsigned i = ((char *)slot - s->base) / OS_BLOCK_SIZE;
@@ -150,9 +171,7 @@ void staging_put(struct mm *mm, enum staging_kind kind, void *slot)
     if (kind == STAGING_OUT && !os->uffd_unregister(mm->uffd.fd, (uintptr_t)slot, OS_BLOCK_SIZE))
         s->registered[i] = false;
     if (!mutate("staging-leak")) {
-        /* Fresh page tables too: a whole huge page can only be moved to where no page table stands. While the slot could not be
-         * unregistered, dropping its pages raises an event, which our reader takes: slower, not wrong. */
-        int r = s->registered[i] ? os->advise(slot, OS_BLOCK_SIZE, OS_ADVISE_DONTNEED) : renew(slot, kind);
+        int r = empty_slot(s, i, kind, huge);
         if (r) {
             hmm_log(HMM_LOG_ERROR, "a staging slot cannot be renewed (%s): it is not used any more", hmm_strerror(r));
             return;

@@ -25,8 +25,8 @@ void staging_exit(struct mm *mm);
 
 /* An empty slot; NULL when none is free and !wait, or when it cannot be prepared. Waits without locks. */
 void *staging_get(struct mm *mm, enum staging_kind kind, bool wait);
-/* Frees the slot's pages and gives it back. No locks held. */
-void staging_put(struct mm *mm, enum staging_kind kind, void *slot);
+/* Frees the slot's pages and gives it back; huge: what it held was one huge page. No locks held. */
+void staging_put(struct mm *mm, enum staging_kind kind, void *slot, bool huge);
 /* The same for a slot that nothing was put into. */
 void staging_put_unused(enum staging_kind kind, void *slot);
 /* Accounting of pages in slots, for hmm_stats(). */

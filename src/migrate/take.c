@@ -135,7 +135,10 @@ static int take_run(struct take *t, unsigned i, unsigned n, bool zero)
             i = stuck; /* progress: ask again from the page that did not come, to learn why */
             continue;
         }
-        t->pages[stuck] = r == -EBUSY ? TAKE_PINNED : r == -EINVAL ? TAKE_UNMOVABLE : TAKE_BUSY;
+        t->pages[stuck] = r == -EBUSY ? TAKE_PINNED
+                          : r == -EINVAL || r == -EFAULT
+                              ? TAKE_UNMOVABLE /* EFAULT: poisoned in an earlier life of the manager */
+                              : TAKE_BUSY;
         i = stuck + 1;
     }
     return 0;

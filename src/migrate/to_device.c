@@ -92,7 +92,7 @@ static void free_staging(struct mm *mm, struct flight *f, unsigned staged)
 {
     if (!f->staging)
         return;
-    staging_put(mm, STAGING_OUT, f->staging);
+    staging_put(mm, STAGING_OUT, f->staging, f->huge);
     staging_account(-(int64_t)staged);
     f->staging = NULL;
     f->staged = 0;
@@ -179,7 +179,7 @@ static int prepare(struct mm *mm, struct flight *f, uint8_t *pages, unsigned wan
     f->invalidating = true;
     if (notifier_begin(&mm->notifiers, &f->inv, f->base + ((uintptr_t)f->first << os_page_shift()),
                        f->base + ((uintptr_t)f->end << os_page_shift()), HMM_EVENT_MIGRATE, f->dev))
-        notifier_call(&mm->notifiers, &f->inv, true);
+        notifier_call(&mm->notifiers, &f->inv, NOTIFIER_WAIT);
     return 0;
 }
 
@@ -188,6 +188,8 @@ int depart_to_device(struct mm *mm, struct flight *f, struct hmm_device *dev, st
 {
     uint8_t pages[PAGES_MAX];
     unsigned first = block_index(w.start), end = first + ((w.end - w.start) >> os_page_shift());
+    if (device_is_lost(dev))
+        return -ENODEV;
     memset(pages, TAKE_NO, sizeof(pages));
     flight_reset(f, dev, w.start & BLOCK_MASK, first, end);
     int wanted = take_survey(mm, dev, w, tcbs, pages, &obstacle->landings);
@@ -264,6 +266,8 @@ int land_on_device(struct mm *mm, struct flight *f, struct hmm_migrate_result *r
 {
     int r = wait_transfer(f);
     SEQ_POINT("to-device-copied");
+    if (!r && device_memory_is_lost(f->dev))
+        r = -ENODEV; /* staging still has everything */
     if (r) {
         res->busy += count_how(f, FLIGHT_COPY) + count_how(f, FLIGHT_CLEAR);
         roll_back(mm, f);

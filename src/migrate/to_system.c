@@ -41,8 +41,9 @@ unsigned depart_to_system(struct mm *mm, struct flight *f, struct hmm_device *de
     mutex_lock(&b->lock);
     unsigned first = block_index(w.start), end = first + ((w.end - w.start) >> os_page_shift());
     flight_reset(f, dev, b->base, first, end);
-    for (unsigned i = first; i < end && b->on_device; i++) {
+    for (unsigned i = first; i < end && b->used; i++) {
         entry_t e = block_entry(b, i);
+        res->unmovable += entry_kind(e) == ENTRY_POISON;
         if (entry_kind(e) != ENTRY_DEVICE)
             continue;
         struct hmm_device *on = pagemap_by_id(entry_id(e))->dev;
@@ -64,14 +65,20 @@ unlock:
 }
 
 /* Devices let go of the pages. */
-static int quiesce(struct mm *mm, struct flight *f, bool blockable)
+static int quiesce(struct mm *mm, struct flight *f, enum landing how)
 {
+    static const enum notifier_how notifier_how[] = {
+        [LAND_AT_ONCE] = NOTIFIER_AT_ONCE,
+        [LAND_UNLESS_USED] = NOTIFIER_BRIEFLY,
+        [LAND_FOR_FAULT] = NOTIFIER_WAIT,
+        [LAND] = NOTIFIER_WAIT,
+    };
     if (mutate("invalidate"))
         return 0;
-    if (!blockable && __atomic_load_n(&mm->remaps_pending, __ATOMIC_SEQ_CST))
+    if (how < LAND_FOR_FAULT && __atomic_load_n(&mm->remaps_pending, __ATOMIC_SEQ_CST))
         return -EAGAIN;
     if (f->inv.marked) {
-        int r = notifier_call(&mm->notifiers, &f->inv, blockable);
+        int r = notifier_call(&mm->notifiers, &f->inv, notifier_how[how]);
         if (r)
             return r;
     }
@@ -115,12 +122,12 @@ static int through_slot(struct mm *mm, struct flight *f)
     int r = copy_to_slot(f, slot);
     if (!r)
         r = put_home(mm, f, (struct put_source){.slot = slot}, true);
-    staging_put(mm, kind, slot);
+    staging_put(mm, kind, slot, f->huge);
     staging_account(-(int64_t)pages);
     return r;
 }
 
-static int bring(struct mm *mm, struct flight *f, bool blockable)
+static int copy_home(struct mm *mm, struct flight *f, bool blockable)
 {
     char *map = f->dev->pagemap->desc.cpu_map;
     if (map && !f->huge)
@@ -128,8 +135,8 @@ static int bring(struct mm *mm, struct flight *f, bool blockable)
     return blockable ? through_slot(mm, f) : -EAGAIN;
 }
 
-/* Pages that came home, before free_done() forgets them. */
-static unsigned count_home(const struct flight *f)
+/* Pages that were put, before free_done() forgets them. */
+static unsigned count_done(const struct flight *f)
 {
     unsigned n = 0;
     for (unsigned i = f->first; i < f->end; i++)
@@ -137,31 +144,52 @@ static unsigned count_home(const struct flight *f)
     return n;
 }
 
-int land_in_system(struct mm *mm, struct flight *f, bool blockable, struct hmm_migrate_result *res)
+/* What became of the pages is published; they wake, and their device pages are freed. */
+static void finish(struct mm *mm, struct flight *f, int r, enum landing how)
 {
-    struct hmm_migrate_result unread = {0};
-    res = res ? res : &unread;
-    SEQ_POINT("to-system-departed");
-    int r = quiesce(mm, f, blockable);
-    SEQ_POINT("to-system-quiet");
-    if (!r)
-        r = bring(mm, f, blockable);
-    unsigned home = count_home(f);
     if (r) {
         stat_add(&mm->stats.rollbacks, 1);
         restore_entries(mm, f);
     }
     flight_end_invalidation(mm, f);
-    if (r == -EAGAIN && !blockable)
-        flight_landed(mm); /* the sleepers stay asleep: a worker will bring their pages and wake them */
+    if (r && how != LAND)
+        wake_moved(mm, f);
     else
         wake_homes(mm, f);
     free_done(f);
+    mm_trim(mm, f->base);
+}
+
+int land_in_system(struct mm *mm, struct flight *f, enum landing how, struct hmm_migrate_result *res)
+{
+    struct hmm_migrate_result unread = {0};
+    unsigned home = 0;
+    bool blockable = how != LAND_AT_ONCE;
+    res = res ? res : &unread;
+    SEQ_POINT("to-system-departed");
+    int r = quiesce(mm, f, how);
+    SEQ_POINT("to-system-quiet");
+    if (!r) {
+        r = device_memory_is_lost(f->dev) && !mutate("lost-read") ? -ENODEV : copy_home(mm, f, blockable);
+        home = count_done(f);
+        if (r && device_memory_is_lost(f->dev))
+            r = put_home(mm, f, (struct put_source){0}, blockable);
+    }
+    bool huge = f->huge && home == block_pages();
+    finish(mm, f, r, how);
     stat_add(&mm->stats.pages_to_system, home);
     stat_add(&mm->stats.bytes_to_system, (uint64_t)home << os_page_shift());
     res->moved += home;
-    if (f->huge && !r)
+    if (huge && !r)
         res->huge += home;
-    mm_trim(mm, f->base);
+    return r;
+}
+
+int land_as_poison(struct mm *mm, struct flight *f)
+{
+    int r = quiesce(mm, f, LAND_FOR_FAULT);
+    if (!r)
+        r = put_home(mm, f, (struct put_source){0}, true);
+    finish(mm, f, r, LAND_FOR_FAULT);
     return r;
 }

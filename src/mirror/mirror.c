@@ -57,6 +57,7 @@ static bool choose_window(struct hmm_device *dev, uintptr_t addr, const struct o
         .pages = block_pages(),
         .page = block_index(addr),
         .device_pages = dev->pagemap->desc.pages,
+        .granule = pagemap_granule(dev->pagemap) >> os_page_shift(),
     };
     bool there = false;
     rwlock_read_lock(&mm->as);
@@ -83,7 +84,17 @@ static bool choose_window(struct hmm_device *dev, uintptr_t addr, const struct o
     return there;
 }
 
-enum place { PLACE_SYSTEM, PLACE_DEVICE, PLACE_TRANSIT };
+enum place { PLACE_SYSTEM, PLACE_DEVICE, PLACE_TRANSIT, PLACE_NOWHERE };
+
+static enum place place_by_entry(struct hmm_device *dev, entry_t e)
+{
+    switch (entry_kind(e)) {
+    case ENTRY_DEVICE: return is_on(dev, e) ? PLACE_DEVICE : PLACE_SYSTEM;
+    case ENTRY_FLIGHT: return PLACE_TRANSIT;
+    case ENTRY_POISON: return PLACE_NOWHERE;
+    default: return PLACE_SYSTEM;
+    }
+}
 
 static enum place place_of(struct hmm_device *dev, uintptr_t addr, uint32_t *landings)
 {
@@ -93,8 +104,7 @@ static enum place place_of(struct hmm_device *dev, uintptr_t addr, uint32_t *lan
     struct block *b = pagetable_find(&mm->pt, addr);
     if (b) {
         mutex_lock(&b->lock);
-        entry_t e = block_entry(b, block_index(addr));
-        place = is_on(dev, e) ? PLACE_DEVICE : entry_kind(e) == ENTRY_FLIGHT ? PLACE_TRANSIT : PLACE_SYSTEM;
+        place = place_by_entry(dev, block_entry(b, block_index(addr)));
         *landings = __atomic_load_n(&mm->landings, __ATOMIC_SEQ_CST);
         mutex_unlock(&b->lock);
     }
@@ -102,8 +112,17 @@ static enum place place_of(struct hmm_device *dev, uintptr_t addr, uint32_t *lan
     return place;
 }
 
-/* Another engine, or a migration, may be moving the page at the same time: its landing is waited for, and the page looked for
- * again. It stays in system memory only where it was really refused. */
+bool mirror_is_poisoned(struct hmm_device *dev, uintptr_t addr)
+{
+    uint32_t unused;
+    return place_of(dev, addr & ~(uintptr_t)(os_page_size() - 1), &unused) == PLACE_NOWHERE;
+}
+
+/*
+ * Another engine, or a migration, may be moving the page at the same time: its landing is waited for, and the page looked for
+ * again. It stays in system memory where it was really refused, and where the migration failed: the bus needs neither memory nor a
+ * copy by the driver.
+ */
 int mirror_device_fault(struct hmm_device *dev, uintptr_t addr, unsigned flags)
 {
     struct os_vma vma;
@@ -116,15 +135,17 @@ int mirror_device_fault(struct hmm_device *dev, uintptr_t addr, unsigned flags)
         int r = check_access(dev->mm, addr, flags, &vma);
         if (r)
             return r;
+        if (device_is_lost(dev))
+            return mirror_is_poisoned(dev, addr) ? -EHWPOISON : 1;
         if (choose_window(dev, addr, &vma, &w))
             return 0;
         struct hmm_migrate_result res = {0};
         r = reclaim_migrate_to_device(dev->mm, dev, w.start, w.end, &res);
-        if (r == -ENOMEM)
-            return 1; /* the bus needs no memory */
-        if (r)
-            return r;
         enum place place = place_of(dev, addr, &landings);
+        if (place == PLACE_NOWHERE)
+            return -EHWPOISON;
+        if (r)
+            return 1;
         if (place == PLACE_DEVICE)
             return 0;
         if (place == PLACE_TRANSIT)

@@ -9,6 +9,8 @@
 #include "mm/mm.h"
 
 int mirror_device_fault(struct hmm_device *dev, uintptr_t addr, unsigned flags);
+/* Whether the only copy of the page was lost. */
+bool mirror_is_poisoned(struct hmm_device *dev, uintptr_t addr);
 int mirror_snapshot(struct hmm_device *dev, uintptr_t start, uintptr_t end, uint64_t *pfns);
 
 #endif

@@ -261,11 +261,13 @@ unsigned mm_read_events(struct mm *mm, struct fault *faults, unsigned max, bool 
     struct uffd_msg msgs[MESSAGES];
     unsigned nfaults = 0, want = max < MESSAGES ? max : MESSAGES;
     rwlock_write_lock(&mm->as);
-    __atomic_fetch_add(&mm->gate, 1, __ATOMIC_SEQ_CST);
+    uint32_t gate = __atomic_fetch_add(mm->gate, 1, __ATOMIC_SEQ_CST);
     int n = os->uffd_read(mm->uffd.fd, msgs, want);
     SEQ_POINT("events-read");
+    uint32_t gate_after = gate; /* nothing but faults: as if nobody had looked */
     for (int i = 0; i < n; i++) {
         if (msgs[i].event != UFFD_EVENT_PAGEFAULT) {
+            gate_after = gate + 2;
             apply(mm, &msgs[i]);
             continue;
         }
@@ -275,7 +277,7 @@ unsigned mm_read_events(struct mm *mm, struct fault *faults, unsigned max, bool 
             .write = msgs[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WRITE,
         };
     }
-    __atomic_fetch_add(&mm->gate, 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(mm->gate, gate_after, __ATOMIC_SEQ_CST);
     rwlock_write_unlock(&mm->as);
     *more = n == (int)want;
     return nfaults;

@@ -60,12 +60,13 @@ void limbo_mark(struct mm *mm, struct limbo *l, uintptr_t start, uintptr_t end, 
             notifier_end(&mm->notifiers, inv);
         return;
     }
-    /* No more room: the last mark widens to cover both. The new one begins before the old one ends. */
+    /* No more room: the last mark widens to cover both. The new one begins before the old one ends. It covers memory of which nothing
+     * happened, too, and so must not say that this was unmapped: pages change place, which makes no promise about them. */
     struct invalidation *last = &l->inv[LIMBO_MARKS - 1], old = *last;
     uintptr_t from = old.event.start < start ? old.event.start : start;
     uintptr_t to = old.event.end > end ? old.event.end : end;
     notifier_end(&mm->notifiers, last);
-    notifier_begin(&mm->notifiers, last, from, to, HMM_EVENT_UNMAP, NULL);
+    notifier_begin(&mm->notifiers, last, from, to, HMM_EVENT_MIGRATE, NULL);
 }
 
 void limbo_prune(struct limbo *l, uintptr_t start, uintptr_t end)
@@ -115,7 +116,7 @@ struct limbo *mm_limbo_take(struct mm *mm)
 void mm_limbo_land(struct mm *mm, struct limbo *l)
 {
     for (unsigned i = 0; i < l->marks; i++)
-        notifier_call(&mm->notifiers, &l->inv[i], true);
+        notifier_call(&mm->notifiers, &l->inv[i], NOTIFIER_WAIT);
     for (unsigned i = 0; i < l->marks; i++)
         notifier_end(&mm->notifiers, &l->inv[i]);
     chain_put(l->chain);

@@ -79,6 +79,9 @@ int mm_init(struct mm *mm)
     r = os->uffd_register(mm->discard_uffd.fd, (uintptr_t)mm->discard, OS_BLOCK_SIZE);
     if (r)
         goto unmap_discard;
+    r = mm->gate_fd = os->map_shown(os_page_size(), (void **)&mm->gate);
+    if (r < 0)
+        goto unmap_discard;
     return 0;
 
 unmap_discard:
@@ -102,6 +105,8 @@ void mm_exit(struct mm *mm)
     for (struct block *b; (b = pagetable_next(&mm->pt, 0, UINTPTR_MAX)) && mm_disarm(mm, b);)
         ;
     rwlock_write_unlock(&mm->as);
+    os->close(mm->gate_fd);
+    os->unmap(mm->gate, os_page_size());
     own_unmap(mm->discard, OS_BLOCK_SIZE);
     flight_free_all(mm);
     pagetable_exit(&mm->pt);

@@ -34,6 +34,7 @@
 #include <hmm/driver.h>
 
 struct mm;
+struct sched; /* job/job.h */
 
 /* An open device as core sees it. */
 struct hmm_device {
@@ -41,9 +42,29 @@ struct hmm_device {
     const struct hmm_driver *driver;
     void *priv;
     struct pagemap *pagemap;
+    struct sched *sched; /* its jobs */
     char spec[128];
-    bool closing; /* atomic: no new migrations to it */
+    uint32_t lost;                          /* atomic, only rises: 0, or enum hmm_loss + 1 */
+    char lost_why[HMM_LOST_MEMORY + 1][96]; /* per loss; written once, before `lost` says so */
 };
+
+/* No job runs on it, and no page goes to it any more. */
+static inline bool device_is_lost(const struct hmm_device *dev)
+{
+    return __atomic_load_n(&dev->lost, __ATOMIC_ACQUIRE) != 0;
+}
+
+/* Nor does any page come back: what only the device had is to be poisoned. */
+static inline bool device_memory_is_lost(const struct hmm_device *dev)
+{
+    return __atomic_load_n(&dev->lost, __ATOMIC_ACQUIRE) > HMM_LOST_MEMORY;
+}
+
+/* Of a lost device, in words. */
+static inline const char *device_lost_why(const struct hmm_device *dev)
+{
+    return dev->lost_why[__atomic_load_n(&dev->lost, __ATOMIC_ACQUIRE) - 1];
+}
 
 /* COPY: has data in staging or on the device page. CLEAR: was absent or zero. DONE: landed or dropped; its old place is to be freed. */
 enum flight_page { FLIGHT_EMPTY, FLIGHT_COPY, FLIGHT_CLEAR, FLIGHT_DONE };
@@ -69,7 +90,7 @@ struct flight {
     uint8_t *how;           /* per page: enum flight_page */
 };
 
-#define FLIGHTS_MAX 128
+#define FLIGHTS_MAX 192
 #define LIMBO_MARKS 16
 #define OWED_MAX 64
 
@@ -106,7 +127,8 @@ struct mm {
     struct rwlock as;
     struct pagetable pt;
     struct notifier_tree notifiers;
-    uint32_t gate; /* odd while events are being read and applied; see hmm_event_gate() */
+    uint32_t *gate; /* odd while events are being read and applied, see hmm_event_gate(); on a page of its own */
+    int gate_fd;    /* of that page, read-only; in the library's private table */
 
     /* Descriptors in the library's private table: valid in library threads only. */
     struct os_uffd uffd;         /* the program's: user ranges and outbound staging */

@@ -50,7 +50,9 @@ static struct {
         uint32_t tid; /* 0: unused */
         char name[16];
         const uint32_t *held; /* its lock ranks */
+        uintptr_t block;      /* in its control block */
     } known[THREADS_MAX];
+    unsigned top; /* no entry at or above was ever used; atomic */
 } threads;
 
 /* ---- registry ---- */
@@ -63,10 +65,22 @@ static unsigned register_thread(const char *name)
             continue;
         strncpy(threads.known[i].name, name, sizeof(threads.known[i].name) - 1);
         threads.known[i].held = lock_held_word();
+        threads.known[i].block = (uintptr_t)pthread_self();
+        unsigned top = __atomic_load_n(&threads.top, __ATOMIC_RELAXED);
+        while (top <= i && !__atomic_compare_exchange_n(&threads.top, &top, i + 1, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED))
+            ;
         __atomic_store_n(&threads.known[i].tid, (uint32_t)os_tid(), __ATOMIC_RELEASE);
         return i;
     }
     return THREADS_MAX;
+}
+
+static uintptr_t known_block(uint32_t tid)
+{
+    for (unsigned i = 0; i < __atomic_load_n(&threads.top, __ATOMIC_ACQUIRE); i++)
+        if (__atomic_load_n(&threads.known[i].tid, __ATOMIC_ACQUIRE) == tid)
+            return threads.known[i].block;
+    return 0;
 }
 
 static void unregister_thread(unsigned slot)
@@ -145,11 +159,12 @@ static void *log_main(void *arg)
     signals_library_thread();
     unsigned slot = register_thread("hmm-log");
     const uint32_t *word = log_pending_word();
-    log_draining(true);
-    while (!__atomic_load_n(&threads.stopping, __ATOMIC_ACQUIRE)) {
+    for (;;) {
         uint32_t seen = __atomic_load_n(word, __ATOMIC_ACQUIRE);
+        if (__atomic_load_n(&threads.stopping, __ATOMIC_ACQUIRE))
+            break;
         if (log_drain() == 0)
-            futex_wait(word, seen, 100000000); /* bounded: the end of the library does not move the word */
+            futex_wait(word, seen, -1);
     }
     log_draining(false);
     log_drain();
@@ -170,15 +185,18 @@ static int private_files(void *arg)
 
 int threads_start(void)
 {
+    os_known_thread_block = known_block;
     memset(&threads, 0, sizeof(threads));
     mutex_init(&threads.lock, RANK_QUEUE);
     int r = create(&threads.root, root_main, NULL);
     if (r)
         return hmm_fail(r, "a library thread cannot be created: %s; raise the limit of threads (ulimit -u)", hmm_strerror(r));
     r = threads_call(private_files, NULL);
+    log_draining(true); /* before there is a thread that must not deliver its own lines */
     if (!r)
         r = create(&threads.log, log_main, NULL);
     if (r) {
+        log_draining(false);
         threads.log = 0;
         threads_stop();
         return hmm_fail(r, "a library thread with a descriptor table of its own cannot be set up: %s", hmm_strerror(r));
@@ -193,6 +211,7 @@ void threads_stop(void)
     threads.word++;
     mutex_unlock(&threads.lock);
     futex_wake(&threads.word, INT_MAX);
+    log_wake();
     pthread_join(threads.root, NULL);
     if (threads.log)
         pthread_join(threads.log, NULL);

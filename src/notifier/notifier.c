@@ -242,25 +242,30 @@ static int run_callback(struct notifier_tree *t, struct hmm_notifier *n, const s
     calls_here = &call;
     int err = invalidate(n, event);
     calls_here = call.outer;
-    if (err && (err != -EAGAIN || event->blockable))
+    bool may_refuse = !event->blockable || event->brief;
+    if (err && (err != -EAGAIN || !may_refuse))
         hmm_log(HMM_LOG_ERROR, "notifier: callback %p returned %d for [%#lx, %#lx), %s; it must %s; taken as done",
                 (void *)(uintptr_t)invalidate, err, (unsigned long)event->start, (unsigned long)event->end,
-                event->blockable ? "blockable" : "not blockable", event->blockable ? "return 0" : "return 0 or -EAGAIN");
+                event->brief       ? "brief"
+                : event->blockable ? "blockable"
+                                   : "not blockable",
+                may_refuse ? "return 0 or -EAGAIN" : "return 0");
     mutex_lock(&t->lock);
     if (!call.removed) {
         n->calls--;
         changed(t);
     }
-    return err == -EAGAIN && !event->blockable ? -EAGAIN : 0;
+    return err == -EAGAIN && may_refuse ? -EAGAIN : 0;
 }
 
-int notifier_call(struct notifier_tree *t, struct invalidation *inv, bool blockable)
+int notifier_call(struct notifier_tree *t, struct invalidation *inv, enum notifier_how how)
 {
     struct hmm_event event = inv->event;
     struct hmm_notifier *n;
     struct key at = KEY_FIRST;
     int err = 0;
-    event.blockable = blockable;
+    event.blockable = how != NOTIFIER_AT_ONCE;
+    event.brief = how == NOTIFIER_BRIEFLY;
     if (!inv->marked)
         return 0;
     lock_assert_none();

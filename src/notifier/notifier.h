@@ -46,10 +46,15 @@ void notifier_tree_destroy(struct notifier_tree *t);
  * anything there, and call may be left out. Does not block, callable under the address-space and block locks. */
 bool notifier_begin(struct notifier_tree *t, struct invalidation *inv, uintptr_t start, uintptr_t end, enum hmm_event_type type,
                     struct hmm_device *owner);
-/* Runs the callbacks, in the order of (start, address), one at a time. Returns 0, or -EAGAIN (only when !blockable; at once):
- * some device must be waited for; call again blockable. No locks held. Wrong returns are logged with the callback's address and
+enum notifier_how {
+    NOTIFIER_AT_ONCE, /* not blockable */
+    NOTIFIER_BRIEFLY, /* blockable, but brief */
+    NOTIFIER_WAIT,
+};
+/* Runs the callbacks, in the order of (start, address), one at a time. Returns 0, or -EAGAIN (not for NOTIFIER_WAIT; at once):
+ * some device must be waited for; call again with NOTIFIER_WAIT. No locks held. Wrong returns are logged with the callback's address and
  * count as done. */
-int notifier_call(struct notifier_tree *t, struct invalidation *inv, bool blockable);
+int notifier_call(struct notifier_tree *t, struct invalidation *inv, enum notifier_how how);
 void notifier_end(struct notifier_tree *t, struct invalidation *inv);
 
 /* Insert etc. behind the public calls: the tree is found by the caller. Insert wants start, end, dev and ops set. -EINVAL. */

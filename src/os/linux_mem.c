@@ -12,6 +12,8 @@
 #define MADV_POPULATE_WRITE 23 /* 5.14 */
 #endif
 
+#define SHOWN_SEALS (F_SEAL_FUTURE_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
+
 /*
  * Makes a mapping made by reserve_raw() what the flags say. Under mlockall(MCL_FUTURE) of the program it is locked, and locked
  * memory takes no part in MOVE; reserved without access it is at least not filled, so that it is still empty when unlocked.
@@ -93,6 +95,30 @@ int linux_remap_fresh(void *addr, size_t len, unsigned flags)
 int linux_unmap(void *addr, size_t len)
 {
     return (int)sys_result(munmap(addr, len));
+}
+
+/* The seals come last: a mapping that is there already stays writable. */
+int linux_map_shown(size_t len, void **out)
+{
+    int fd = memfd_create("hmm-shown", MFD_CLOEXEC | MFD_ALLOW_SEALING), err;
+    void *p = MAP_FAILED;
+
+    if (fd < 0)
+        return -errno;
+    if (ftruncate(fd, (off_t)len) < 0)
+        goto fail;
+    p = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (p == MAP_FAILED || madvise(p, len, MADV_DONTFORK) < 0 || fcntl(fd, F_ADD_SEALS, SHOWN_SEALS) < 0)
+        goto fail;
+    *out = p;
+    return fd;
+
+fail:
+    err = -errno;
+    if (p != MAP_FAILED)
+        munmap(p, len);
+    sys_close(fd);
+    return err;
 }
 
 int linux_advise(void *addr, size_t len, int advice)

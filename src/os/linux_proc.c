@@ -169,11 +169,16 @@ static pid_t task_id(const char *name)
 
 /* Address of the thread's list of robust futexes. The C library keeps it, and the word that the kernel clears at thread exit,
  * in the thread's control block. 0: the thread has ended, or has none. */
+uintptr_t (*os_known_thread_block)(uint32_t tid);
+
 static uintptr_t thread_block(pid_t tid)
 {
     struct robust_list_head *head = NULL;
     size_t len;
+    uintptr_t known = os_known_thread_block ? os_known_thread_block((uint32_t)tid) : 0;
 
+    if (known)
+        return known;
     if (syscall(SYS_get_robust_list, tid, &head, &len) < 0)
         return 0;
     return (uintptr_t)head;
@@ -229,6 +234,25 @@ int linux_private_files(const int *keep, unsigned n)
         from = (unsigned)keep[i] + 1;
     }
     return err;
+}
+
+/* Before 6.9 a thread cannot be named so. Its process can, and has the same table unless the thread made its own. */
+static int open_thread(pid_t tid)
+{
+    int fd = (int)sys_result(syscall(SYS_pidfd_open, tid, PIDFD_THREAD));
+
+    return fd == -EINVAL ? (int)sys_result(syscall(SYS_pidfd_open, getpid(), 0)) : fd;
+}
+
+int linux_fd_of_thread(pid_t tid, int fd)
+{
+    int thread = open_thread(tid), copy;
+
+    if (thread < 0)
+        return thread;
+    copy = (int)sys_result(syscall(SYS_pidfd_getfd, thread, fd, 0));
+    sys_close(thread);
+    return copy;
 }
 
 int linux_kernel_version(void)

@@ -144,6 +144,14 @@ int64_t linux_uffd_move(int uffd, uintptr_t dst, uintptr_t src, size_t len)
     return fill_result(err, m.move);
 }
 
+int64_t linux_uffd_poison(int uffd, uintptr_t dst, size_t len)
+{
+    struct uffdio_poison p = {.range = {dst, len}, .mode = UFFDIO_POISON_MODE_DONTWAKE};
+    int err = uffd_ioctl(uffd, UFFDIO_POISON, &p);
+
+    return fill_result(err, p.updated);
+}
+
 int linux_uffd_wake(int uffd, uintptr_t start, size_t len)
 {
     struct uffdio_range r = {start, len};

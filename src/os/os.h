@@ -69,6 +69,9 @@ struct os_ops {
      * -EAGAIN, -EBUSY pinned or shared after fork, -EINVAL unsuitable VMA, -ENOENT source missing / dst not registered,
      * -EEXIST, -ENOMEM. */
     int64_t (*uffd_move)(int uffd, uintptr_t dst, uintptr_t src, size_t len);
+    /* UFFDIO_POISON with DONTWAKE: missing pages become such that touching them is SIGBUS, and EFAULT in system calls, until the
+     * mapping or its content is dropped. They stay so when the range is unregistered. Results as of uffd_copy. */
+    int64_t (*uffd_poison)(int uffd, uintptr_t dst, size_t len);
     /* UFFDIO_WAKE: threads asleep in the range try again. */
     int (*uffd_wake)(int uffd, uintptr_t start, size_t len);
     /* Whether an event of this userfaultfd is pending (UFFDIO_WRITEPROTECT of nothing answers EAGAIN). 1, 0 or error. */
@@ -100,6 +103,9 @@ struct os_ops {
      * userfaultfd that has events. On failure the place stays reserved, without access: call again. */
     int (*remap_fresh)(void *addr, size_t len, unsigned flags);
     int (*unmap)(void *addr, size_t len);
+    /* Own memory that another process can be shown: zeroed, DONTFORK, and for ever of this size. Returns a descriptor of it, which
+     * nobody can map for writing any more. Undone by unmap and close. */
+    int (*map_shown)(size_t len, void **out);
     /* madvise. On program memory only OS_ADVISE_DONTFORK, _DOFORK and _POPULATE_WRITE. DONTNEED: own, unregistered memory
      * only. POPULATE_WRITE may fault: no locks. */
     int (*advise)(void *addr, size_t len, int advice);
@@ -119,6 +125,10 @@ struct os_ops {
     /* Makes the calling thread's descriptor table private, keeping only the n descriptors in keep (ascending). */
     int (*private_files)(const int *keep, unsigned n);
     int (*close)(int fd);
+    /* A duplicate, in the calling thread's descriptor table, of descriptor fd of another thread of this process, whose table may be
+     * another; close-on-exec. -EBADF: it has no such descriptor; -ESRCH: no such thread; -EMFILE, -ENOMEM; -EPERM: a filter of
+     * system calls forbids pidfd_getfd(2). */
+    int (*fd_of_thread)(pid_t tid, int fd);
     /* "major.minor" of the running kernel as major * 1000 + minor. */
     int (*kernel_version)(void);
 
@@ -146,6 +156,10 @@ unsigned os_page_shift(void);
 /* Size of a block, and of the huge page that matches it: 2 MiB here (the PMD size). */
 #define OS_BLOCK_SIZE ((size_t)2 << 20)
 
+/* Saves thread_blocks a system call per thread: the address for those whose it is known to be, 0 for others. NULL: none is. Set by the
+ * layer that starts library threads; any thread, lock-free. */
+extern uintptr_t (*os_known_thread_block)(uint32_t tid);
+
 /* Monotonic nanoseconds. */
 uint64_t os_now(void);
 /* Sleeps; no locks held. */
@@ -165,7 +179,7 @@ int os_probe(void (*fn)(const struct os_check_item *, void *), void *arg);
 /* The features the main path requires. */
 #define OS_UFFD_REQUIRED                                                                                                       \
     (UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_THREAD_ID |                \
-     UFFD_FEATURE_MOVE)
+     UFFD_FEATURE_POISON | UFFD_FEATURE_MOVE)
 #define OS_KERNEL_MINIMUM 6008 /* 6.8: UFFDIO_MOVE */
 
 #endif

@@ -119,6 +119,7 @@ static const struct {
     {UFFD_FEATURE_EVENT_UNMAP, "feature EVENT_UNMAP", "tells when memory is unmapped", "4.11"},
     {UFFD_FEATURE_EVENT_REMAP, "feature EVENT_REMAP", "tells when memory is moved by mremap", "4.11"},
     {UFFD_FEATURE_THREAD_ID, "feature THREAD_ID", "tells which thread faulted", "4.14"},
+    {UFFD_FEATURE_POISON, "feature POISON", "keeps what was lost with a device from reading as zeros", "6.6"},
     {UFFD_FEATURE_MOVE, "feature MOVE", "takes pages out and puts them back without copying", "6.8"},
 };
 

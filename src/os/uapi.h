@@ -26,6 +26,22 @@
 #define UFFD_FEATURE_MOVE (1 << 16)
 #endif
 
+/* 6.9: pidfd_open() of a thread */
+#ifndef PIDFD_THREAD
+#define PIDFD_THREAD O_EXCL
+#endif
+
+/* 6.6 */
+#ifndef UFFDIO_POISON
+struct uffdio_poison {
+    struct uffdio_range range;
+    uint64_t mode;
+    int64_t updated;
+};
+#define UFFDIO_POISON_MODE_DONTWAKE ((uint64_t)1 << 0)
+#define UFFDIO_POISON _IOWR(0xAA, 0x08, struct uffdio_poison)
+#endif
+
 /* 6.8 */
 #ifndef UFFDIO_MOVE
 struct uffdio_move {

@@ -117,6 +117,13 @@ static int check(const struct hmm_pagemap_desc *desc)
     if (desc->pages > PAGEMAP_PAGES_MAX)
         return hmm_fail(-EINVAL, "pagemap: %llu pages are more than a pagemap can hold (%llu)", (unsigned long long)desc->pages,
                         (unsigned long long)PAGEMAP_PAGES_MAX);
+    uint64_t granule = desc->granule;
+    if (granule && (granule & (granule - 1) || granule < os_page_size() || granule > OS_BLOCK_SIZE))
+        return hmm_fail(-EINVAL, "pagemap: a granule of %llu bytes is not a power of two from %zu to %zu",
+                        (unsigned long long)granule, os_page_size(), (size_t)OS_BLOCK_SIZE);
+    if (granule / os_page_size() > desc->pages)
+        return hmm_fail(-EINVAL, "pagemap: %llu pages are less than a granule of %llu bytes; give it more memory",
+                        (unsigned long long)desc->pages, (unsigned long long)granule);
     uintptr_t map = (uintptr_t)desc->cpu_map;
     if (map % os_page_size())
         return hmm_fail(-EINVAL, "pagemap: cpu_map %p is not aligned to pages of %zu bytes", desc->cpu_map, os_page_size());
@@ -148,6 +155,8 @@ int pagemap_create(const struct hmm_pagemap_desc *desc, struct hmm_device *dev, 
     pm->dev = dev;
     pm->priv = priv;
     pm->desc = *desc;
+    if (!pm->desc.granule)
+        pm->desc.granule = os_page_size();
     for (unsigned i = 0; i < ARRAY_LEN(steps); i++) {
         err = steps[i](pm);
         if (err)

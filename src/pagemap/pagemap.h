@@ -13,6 +13,7 @@
 #define HMM_PAGEMAP_H
 
 #include "base/lock.h"
+#include "os/os.h"
 #include "pagemap/buddy.h"
 #include <hmm/driver.h>
 
@@ -65,6 +66,12 @@ struct pagemap {
     pagemap_undo undo[PAGEMAP_UNDO_MAX];
     unsigned nundo;
 };
+
+/* Bytes that the device moves at least; what goes and comes by faults is whole granules. */
+static inline uint64_t pagemap_granule(const struct pagemap *pm)
+{
+    return pm->desc.granule;
+}
 
 /* A contiguous run of device pages. */
 struct page_run {

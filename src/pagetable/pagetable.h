@@ -9,7 +9,7 @@
  *   NONE     whatever the kernel has  system memory
  *   DEVICE   missing                  device page (pagemap id, page)
  *   FLIGHT   missing                  staging or device page of a migration in flight (flight id, index)
- *   POISON   missing                  nowhere: lost with its device
+ *   POISON   poison marker            nowhere: lost with its device
  *
  * Concurrency: tree nodes are never freed while the table lives, so lookup is lock-free. Blocks are created under the
  * table's lock by holders of the shared address-space lock, and freed only by a holder of the exclusive one: a block pointer

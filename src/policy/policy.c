@@ -23,7 +23,19 @@ struct policy_range policy_device_fault(const struct policy_device_fault *in)
     uint64_t quarter = in->device_pages / 4;
     while (window > 1 && window > quarter)
         window /= 2;
+    if (window < in->granule)
+        window = in->granule;
     return around(in->page, window, in->pages);
+}
+
+/* Outwards, to granules. */
+static struct policy_range whole(struct policy_range r, unsigned granule)
+{
+    if (granule > 1) {
+        r.first -= r.first % granule;
+        r.end += (granule - r.end % granule) % granule;
+    }
+    return r;
 }
 
 static unsigned stream_of(struct policy_streams *st, uintptr_t number, bool *continues)
@@ -49,6 +61,7 @@ struct policy_range policy_cpu_fault(struct policy_streams *st, const struct pol
     struct policy_range r = {in->page, in->page + window};
     if (in->huge)
         r = (struct policy_range){0, in->pages};
+    r = whole(r, in->granule);
     if (r.end > in->pages)
         r.end = in->pages;
     st->s[i].next = in->number - in->page + r.end;

@@ -19,8 +19,10 @@ struct policy_device_fault {
     unsigned previous;     /* pages of the block before it on the device: a sequential walk leaves it full */
     bool huge;             /* the CPU maps it as one huge page: taken whole */
     uint64_t device_pages; /* capacity of the device */
+    unsigned granule;      /* what the device moves at least: pages, a power of two, at most `pages`; 0: one */
 };
-/* Grows with evidence: 64 KiB, then as much as is there already, then the block. Never more than a quarter of the device. */
+/* Grows with evidence: 64 KiB, then as much as is there already, then the block. Never more than a quarter of the device, but
+ * whole granules. */
 struct policy_range policy_device_fault(const struct policy_device_fault *in);
 
 /* Sequential CPU touches, over several streams. Owned by one thread. */
@@ -37,8 +39,9 @@ struct policy_cpu_fault {
     unsigned pages, page;
     uintptr_t number; /* absolute page number of the faulting page */
     bool huge;        /* went as one huge page: comes back as one */
+    unsigned granule; /* as above */
 };
-/* A page that continues a stream doubles the stream's window, up to the block; any other page comes alone. */
+/* A page that continues a stream doubles the stream's window, up to the block; any other page comes alone. Always whole granules. */
 struct policy_range policy_cpu_fault(struct policy_streams *streams, const struct policy_cpu_fault *in);
 
 #endif

@@ -5,6 +5,7 @@
 #include <errno.h>
 
 #define LOOK_MAX 256 /* blocks looked at for one victim */
+#define USED_MAX 64  /* blocks found in use before one is waited for */
 
 static bool on_device(const struct block *b, const struct pagemap *pm)
 {
@@ -50,20 +51,32 @@ static uintptr_t victim(struct mm *mm, struct hmm_device *dev, uintptr_t keep)
     return base;
 }
 
+/* Evicts one block. One that is in use is passed over while `used` has not shown that all are. */
+static uint64_t evict(struct mm *mm, struct hmm_device *dev, uintptr_t base, unsigned *used)
+{
+    struct hmm_migrate_result res = {0};
+    int r = *used < USED_MAX ? migrate_unused_to_system(mm, dev, base, &res)
+                             : migrate_range_to_system(mm, dev, base, base + OS_BLOCK_SIZE, &res);
+    *used += r == -EAGAIN;
+    stat_add(&mm->stats.evicted, res.moved);
+    return res.moved;
+}
+
+/* A device may use a block for as long as a job runs. So first those go that need not be waited for; each that is used goes to the
+ * hot end, and the next is looked at. */
 uint64_t reclaim_make_room(struct mm *mm, struct hmm_device *dev, uint64_t pages, uintptr_t keep)
 {
     uint64_t freed = 0;
-    unsigned failures = 0;
+    unsigned failures = 0, used = 0;
     while (freed < pages && !__atomic_load_n(&dev->pagemap->dying, __ATOMIC_ACQUIRE)) {
         uintptr_t base = victim(mm, dev, keep);
         if (!base)
             break;
-        struct hmm_migrate_result res = {0};
-        migrate_range_to_system(mm, dev, base, base + OS_BLOCK_SIZE, &res);
-        if (res.moved == 0 && ++failures > 8)
+        unsigned before = used;
+        uint64_t moved = evict(mm, dev, base, &used);
+        if (moved == 0 && used == before && ++failures > 8)
             break; /* pinned, failing, or evicted by others each time: the caller goes on with less */
-        freed += res.moved;
-        stat_add(&mm->stats.evicted, res.moved);
+        freed += moved;
     }
     return freed;
 }

@@ -17,16 +17,17 @@ lines = [json.loads(line) for line in open(sys.argv[1])]
 for line in lines:
     assert list(line) == keys, line
     assert line["page"] in ("4k", "thp") and line["better"] in ("higher", "lower"), line
-    for key in ("size", "value", "reference", "ratio", "runs"):
+    assert line["size"] > 0 or line["bench"].startswith("empty_job"), line
+    for key in ("value", "reference", "ratio", "runs"):
         assert line[key] > 0 and math.isfinite(line[key]), line
     assert line["spread"] >= 0, line
     if not line["bench"].startswith("metadata"):
         assert line["runs"] == 3, line
 named = {line["bench"] for line in lines}
 for bench in ("migrate_to_device", "migrate_to_system", "cpu_fault_random", "cpu_touch_sequential", "unmanaged_touch",
-              "metadata_bytes_per_page"):
+              "metadata_bytes_per_page", "device_fault", "device_fault_isolated", "empty_job", "empty_job_isolated"):
     assert bench in named, f"no line of {bench}"
-    assert bench in open(sys.argv[2]).read(), f"--list does not name {bench}"
+    assert bench.removesuffix("_isolated") in open(sys.argv[2]).read(), f"--list does not name {bench}"
 PYTHON
 
 "$HMM" bench --size 4M --runs 1 --json metadata_bytes_per_page >"$dir/one" || fail "one benchmark: exit status $?"

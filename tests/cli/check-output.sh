@@ -39,7 +39,7 @@ PYTHON
 hold "this user" "$HMM"
 if [ "$(id -u)" -eq 0 ] && command -v setpriv >/dev/null; then
     # Reachable for a user who may not enter our folders.
-    cp "$HMM" "$dir/hmm" && cp "$(dirname "$HMM")"/libhmm.so.0 "$dir" && chmod 755 "$dir" || exit 99
+    cp "$HMM" "$dir/hmm" && cp "$(dirname "$HMM")"/libhmm.so.0 "$(dirname "$HMM")"/libhmm_demo.so "$dir" && chmod 755 "$dir" || exit 99
     hold "nobody" env LD_LIBRARY_PATH="$dir" setpriv --reuid=65534 --regid=65534 --clear-groups "$dir/hmm"
 fi
 
@@ -54,5 +54,10 @@ assert "memory" in [o["name"] for o in soft["options"]], soft
 for d in drivers:
     assert d["name"] in text and d["description"], d
     for o in d["options"]:
-        assert f'  {o["name"]} ' in text and o["help"], o
+        assert f'  {o["name"]} ' in text and o["help"] and o["values"] and "default" in o, o
+        assert o["default"] is None or f'{o["default"]} unless given' in " ".join(text.split()), o
+    assert d["origin"] == "built in", d
+faulty = next(d for d in drivers if d["name"] == "faulty")
+over = next(o for o in faulty["options"] if o["name"] == "over")
+assert over["default"] is None and over["values"] == "a device spec", over
 PYTHON

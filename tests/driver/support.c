@@ -4,6 +4,7 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <sched.h>
 #include <time.h>
 
@@ -11,46 +12,84 @@ hmm_dev device;
 static hmm_dev opened[16];
 static unsigned nopened;
 static unsigned log_lines[HMM_LOG_DEBUG + 1];
+static struct control controls[8];
+static unsigned ncontrols;
+static bool errors_expected;
 
 /* ---- devices ---- */
+
+/* Options that take a spec themselves, as the library lists them: "driver option". */
+static char wrapping[16][80];
+static unsigned nwrapping;
+
+static void note_wrapping(const struct hmm_driver_item *item, void *arg)
+{
+    (void)arg;
+    if (item->option && strcmp(item->values, "a device spec") == 0 && nwrapping < sizeof(wrapping) / sizeof(wrapping[0]))
+        snprintf(wrapping[nwrapping++], sizeof(wrapping[0]), "%s %s", item->driver, item->option);
+}
+
+static void list_wrapping(void)
+{
+    hmm_drivers(note_wrapping, NULL);
+}
+
+static bool takes_spec(const char *driver, int driver_len, const char *option, int option_len)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    char both[160];
+    pthread_once(&once, list_wrapping);
+    snprintf(both, sizeof(both), "%.*s %.*s", driver_len, driver, option_len, option);
+    for (unsigned i = 0; i < nwrapping; i++)
+        if (strcmp(both, wrapping[i]) == 0)
+            return true;
+    return false;
+}
+
+/* The innermost of specs that wrap each other. */
+static const char *innermost(const char *spec)
+{
+    int name = (int)strcspn(spec, ":");
+    for (const char *word = spec[name] ? spec + name + 1 : ""; *word;) {
+        int key = (int)strcspn(word, "=,");
+        if (word[key] == '=' && takes_spec(spec, name, word, key))
+            return innermost(word + key + 1);
+        word += strcspn(word, ",");
+        word += *word == ',';
+    }
+    return spec;
+}
+
+/* Whether one of the words of `options` is about the same option. */
+static bool has_option(const char *options, const char *word, size_t key)
+{
+    for (const char *o = options; *o; o += strcspn(o, ","), o += *o == ',')
+        if (strcspn(o, "=,") == key && strncmp(o, word, key) == 0)
+            return true;
+    return false;
+}
 
 const char *spec_with(const char *options)
 {
     static __thread char spec[256];
     const char *env = getenv("HMM_TEST_DEVICE");
-    const char *base = env && *env ? env : "soft:memory=64M";
-    const char *colon = strchr(base, ':');
-    int name = colon ? (int)(colon - base) : (int)strlen(base);
-    size_t len = (size_t)snprintf(spec, sizeof(spec), "%.*s", name, base);
+    const char *base = env && *env ? env : "soft:memory=64M", *inner = innermost(base);
+    size_t name = strcspn(inner, ":");
+    size_t len = (size_t)snprintf(spec, sizeof(spec), "%.*s", (int)(inner + name - base), base);
     char separator = ':';
+    options = options ? options : "";
     /* Of an option that is given in both, only the new one stays. */
-    for (const char *word = colon ? colon + 1 : ""; *word;) {
-        size_t n = strcspn(word, ","), key = strcspn(word, "=,");
-        const char *same = NULL;
-        for (const char *o = options ? options : ""; *o; o += strcspn(o, ","), o += *o == ',')
-            if (strncmp(o, word, key) == 0 && o[key] == '=')
-                same = o;
-        if (!same) {
+    for (const char *word = inner[name] ? inner + name + 1 : ""; *word;) {
+        size_t n = strcspn(word, ",");
+        if (!has_option(options, word, strcspn(word, "=,"))) {
             len += (size_t)snprintf(spec + len, sizeof(spec) - len, "%c%.*s", separator, (int)n, word);
             separator = ',';
         }
         word += n + (word[n] == ',');
     }
-    if (options && *options)
+    if (*options)
         snprintf(spec + len, sizeof(spec) - len, "%c%s", separator, options);
     return spec;
-}
-
-hmm_dev open_with(const char *options)
-{
-    hmm_dev dev = 0;
-    const char *spec = spec_with(options);
-    int r = hmm_device_open(spec, &dev);
-    if (r)
-        fail_msg("%s cannot be opened: %d, %s", spec, r, hmm_last_message());
-    assert_true(nopened < sizeof(opened) / sizeof(opened[0]));
-    opened[nopened++] = dev;
-    return dev;
 }
 
 void assert_audit_clean(void)
@@ -89,10 +128,32 @@ unsigned logged(enum hmm_log_level level)
     return __atomic_load_n(&log_lines[level], __ATOMIC_RELAXED);
 }
 
+void expect_errors(void)
+{
+    errors_expected = true;
+}
+
+hmm_dev open_spec(const char *spec)
+{
+    hmm_dev dev = 0;
+    int r = hmm_device_open(spec, &dev);
+    if (r)
+        fail_msg("%s cannot be opened: %d, %s", spec, r, hmm_last_message());
+    assert_true(nopened < sizeof(opened) / sizeof(opened[0]));
+    opened[nopened++] = dev;
+    return dev;
+}
+
+hmm_dev open_with(const char *options)
+{
+    return open_spec(spec_with(options));
+}
+
 int setup_none(void **state)
 {
     (void)state;
     memset(log_lines, 0, sizeof(log_lines));
+    errors_expected = false;
     hmm_set_log(count_log, NULL);
     return 0;
 }
@@ -120,7 +181,9 @@ int teardown(void **state)
             clean = false;
         }
     }
-    if (logged(HMM_LOG_ERROR)) {
+    while (ncontrols) /* no kernel waits to open one any more */
+        free_control(&controls[ncontrols - 1]);
+    if (logged(HMM_LOG_ERROR) && !errors_expected) {
         fprintf(stderr, "the library logged %u errors\n", logged(HMM_LOG_ERROR));
         clean = false;
     }
@@ -170,6 +233,27 @@ uint64_t must_run(hmm_dev dev, hmm_kernel kernel, const void *arg, size_t size)
     return must(launch(dev, kernel, arg, size, 0));
 }
 
+HMM_KERNEL(process_of_engine)
+{
+    (void)acc;
+    (void)arg;
+    return (uint64_t)getpid();
+}
+
+bool engines_in_this_process(void)
+{
+    return must_run(device, process_of_engine, NULL, 0) == (uint64_t)getpid();
+}
+
+void skip_without_device_faults(void)
+{
+    const char *spec = spec_with(NULL);
+    if (!strstr(spec, "model=resident") && !strstr(spec, "model=register"))
+        return;
+    fprintf(stderr, "skipped: it is about page faults of the device, and %s has none\n", spec);
+    skip();
+}
+
 uint32_t device_crc(hmm_dev dev, const void *src, size_t len)
 {
     hmm_fence *fence = NULL;
@@ -189,6 +273,51 @@ void device_fill(hmm_dev dev, void *dst, uint8_t value, size_t len)
     hmm_fence *fence = NULL;
     assert_int_equal(hmm_job_fill(dev, dst, value, len, &fence), 0);
     must(fence);
+}
+
+/* More than the holes around map_pages(), which it must not fill. */
+#define CONTROL_BYTES ((size_t)64 << 10)
+
+static void *map_control(int fd)
+{
+    return mmap(NULL, CONTROL_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+}
+
+struct control make_control(void)
+{
+    struct control c;
+    const char *folder = getenv("TMPDIR");
+    int n = snprintf(c.path, sizeof(c.path), "%s/hmm-test-XXXXXX", folder && *folder ? folder : "/tmp");
+    assert_true(n < (int)sizeof(c.path) && ncontrols < sizeof(controls) / sizeof(controls[0]));
+    int fd = mkostemp(c.path, O_CLOEXEC);
+    if (fd < 0 || ftruncate(fd, CONTROL_BYTES))
+        fail_msg("%s cannot be made: %s", c.path, strerror(errno));
+    c.flags = map_control(fd);
+    assert_true(c.flags != MAP_FAILED);
+    close(fd);
+    controls[ncontrols++] = c;
+    return c;
+}
+
+void free_control(struct control *control)
+{
+    unsigned i = 0;
+    while (i < ncontrols && controls[i].flags != control->flags)
+        i++;
+    assert_true(i < ncontrols);
+    unlink(controls[i].path);
+    munmap((void *)controls[i].flags, CONTROL_BYTES);
+    controls[i] = controls[--ncontrols];
+}
+
+volatile uint32_t *open_control(const struct control *control)
+{
+    int fd = open(control->path, O_RDWR | O_CLOEXEC);
+    void *p = fd < 0 ? MAP_FAILED : map_control(fd);
+    if (p == MAP_FAILED)
+        abort(); /* there is nobody to tell */
+    close(fd);
+    return p;
 }
 
 /* ---- memory ---- */
@@ -232,16 +361,16 @@ char *map_huge(size_t bytes)
     return at;
 }
 
+void *map_shared(void)
+{
+    void *at = mmap(NULL, page_size(), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    assert_true(at != MAP_FAILED);
+    return at;
+}
+
 void unmap_pages(void *ptr, size_t bytes)
 {
     assert_int_equal(munmap(ptr, bytes), 0);
-}
-
-void *map_control(void)
-{
-    void *p = mmap(NULL, page_size(), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    assert_true(p != MAP_FAILED);
-    return p;
 }
 
 /* splitmix64 */

@@ -34,13 +34,18 @@
 #define MIB ((size_t)1 << 20)
 #define JOB_SECONDS 30 /* no job of the suite takes that long */
 
+/* What each file of the suite defines instead of main(): the file is built as a shared object, because a device whose engines are in
+ * another process loads kernels from one. */
+__attribute__((visibility("default"))) int test_main(void);
+
 /* ---- devices ---- */
 
 extern hmm_dev device; /* the test's own */
 
-/* "memory=8M" etc. over the spec of the environment; valid until the thread's next call. */
+/* "memory=8M", "flag" etc. over the spec of the environment, or over the device that it wraps; valid until the thread's next call. */
 const char *spec_with(const char *options);
 hmm_dev open_with(const char *options);
+hmm_dev open_spec(const char *spec);
 /* Audits, then closes. */
 void close_device(hmm_dev dev);
 /* The whole program, all devices. */
@@ -51,6 +56,8 @@ int setup_device(void **state);
 int teardown(void **state);
 #define TEST(f) cmocka_unit_test_setup_teardown(f, setup_device, teardown)
 #define TEST_WITHOUT_DEVICE(f) cmocka_unit_test_setup_teardown(f, setup_none, teardown)
+/* This test loses data with a device, which the library logs as an error: teardown allows it. */
+void expect_errors(void);
 /* Lines logged at this level since setup. */
 unsigned logged(enum hmm_log_level level);
 
@@ -64,9 +71,27 @@ struct hmm_fence_info run_kernel(hmm_dev dev, hmm_kernel kernel, const void *arg
 /* The result of a job that must succeed. */
 uint64_t must(hmm_fence *fence);
 uint64_t must_run(hmm_dev dev, hmm_kernel kernel, const void *arg, size_t size);
+/* Kernels of the suite run on threads of this process; else elsewhere, on a device that is given a kernel by name. Asks `device`. */
+bool engines_in_this_process(void);
+/* Skips the test where the device of the suite has no page faults: it holds the ranges of a job until its end, and uses everything else
+ * over the bus. */
+void skip_without_device_faults(void);
 uint32_t device_crc(hmm_dev dev, const void *src, size_t len);
 void device_copy(hmm_dev dev, void *dst, const void *src, size_t len);
 void device_fill(hmm_dev dev, void *dst, uint8_t value, size_t len);
+
+/*
+ * Flags between kernels and the test, in a file that no device can take: a kernel cannot reach them through its accessor without
+ * ending its span, and may run in another process. So it gets this struct in its argument block, and opens the file for itself.
+ */
+struct control {
+    volatile uint32_t *flags; /* the test's; of no use to a kernel */
+    char path[128];
+};
+struct control make_control(void);
+void free_control(struct control *control); /* teardown does it for a test that failed */
+/* For kernels, before they take a span. Stays mapped until the process ends, because a kernel may be ended anywhere. */
+volatile uint32_t *open_control(const struct control *control);
 
 /* ---- memory ---- */
 
@@ -77,8 +102,8 @@ char *map_pages(size_t bytes);
 /* The same of huge pages, all touched; skips the test where the system gives none. */
 char *map_huge(size_t bytes);
 void unmap_pages(void *ptr, size_t bytes);
-/* A page that no device can take (shared), for flags between kernels and the test. Freed with munmap(). */
-void *map_control(void);
+/* One page of shared memory, which no device takes: kernels reach it over the bus. Freed with munmap(). */
+void *map_shared(void);
 void fill_random(void *ptr, size_t bytes, uint64_t seed);
 uint64_t random_next(uint64_t *state);
 /* CRC-32C from a table that is made bit by bit, as the definition says. */

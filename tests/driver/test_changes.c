@@ -335,21 +335,22 @@ static void pages_are_taken_away_while_jobs_write_them(void **state)
 
 struct conversation {
     char *p;
-    volatile uint32_t *flags; /* shared: [0] round of the CPU, [1] round of the kernel */
+    struct control control; /* flags[0]: round of the CPU, [1]: round of the kernel */
     uint32_t rounds;
 };
 
 /* Returns how often it saw what had been dropped. It keeps the page in its TLB all the time. */
-static uint64_t look_when_told(hmm_accessor *acc, void *arg)
+HMM_KERNEL(look_when_told)
 {
     struct conversation *c = arg;
+    volatile uint32_t *flags = open_control(&c->control);
     uint64_t wrong = 0;
     for (uint32_t round = 1; round <= c->rounds; round++) {
         char seen, mark = 1;
         hmm_put(acc, c->p, &mark, 1);
         hmm_yield(acc);
-        c->flags[1] = round;
-        while (c->flags[0] != round)
+        flags[1] = round;
+        while (flags[0] != round)
             ;
         hmm_get(acc, &seen, c->p, 1);
         wrong += seen != 0;
@@ -361,19 +362,19 @@ static uint64_t look_when_told(hmm_accessor *acc, void *arg)
 static void a_running_kernel_sees_dropped_pages_at_once(void **state)
 {
     (void)state;
-    struct conversation c = {map_pages(page_size()), map_control(), 3000};
+    struct conversation c = {map_pages(page_size()), make_control(), 3000};
     hmm_fence *fence = launch(device, look_when_told, &c, sizeof(c), 0);
     for (uint32_t round = 1; round <= c.rounds; round++) {
-        wait_for(&c.flags[1], round);
+        wait_for(&c.control.flags[1], round);
         madvise(c.p, page_size(), MADV_DONTNEED);
-        c.flags[0] = round;
+        c.control.flags[0] = round;
     }
     assert_int_equal(must(fence), 0);
-    munmap((void *)c.flags, page_size());
+    free_control(&c.control);
     unmap_pages(c.p, page_size());
 }
 
-int main(void)
+int test_main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST(unmapped_device_pages_are_freed),

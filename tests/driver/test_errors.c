@@ -12,7 +12,7 @@ struct access {
     bool write;
 };
 
-static uint64_t access_once(hmm_accessor *acc, void *arg)
+HMM_KERNEL(access_once)
 {
     struct access *a = arg;
     char byte = 7;
@@ -129,7 +129,7 @@ static void a_hole_in_a_range_is_found_exactly(void **state)
     unmap_pages(p + hole + page, 4 * MIB - hole - page);
 }
 
-static uint64_t write_then_fail(hmm_accessor *acc, void *arg)
+HMM_KERNEL(write_then_fail)
 {
     struct access *a = arg;
     char bytes[3] = {1, 2, 3};
@@ -199,7 +199,7 @@ static void empty_wrapping_and_null_ranges_are_refused(void **state)
     assert_refused(hmm_migrate_to_device(device, p, page_size(), NULL), -EFAULT, "");
 }
 
-static uint64_t nothing(hmm_accessor *acc, void *arg)
+HMM_KERNEL(nothing)
 {
     (void)acc;
     (void)arg;
@@ -369,12 +369,12 @@ static void info_names_the_device(void **state)
 
 static bool listed;
 
-static void look_for_own_driver(const char *name, const char *description, const char *option, const char *help, void *arg)
+static void look_for_own_driver(const struct hmm_driver_item *item, void *arg)
 {
-    if (strcmp(name, arg) == 0 && !option)
-        listed = description && *description;
-    if (option)
-        assert_true(help && *help);
+    if (strcmp(item->driver, arg) == 0 && !item->option)
+        listed = item->description && *item->description;
+    if (item->option)
+        assert_true(item->help && *item->help);
 }
 
 static void the_driver_is_listed_with_its_options(void **state)
@@ -386,7 +386,7 @@ static void the_driver_is_listed_with_its_options(void **state)
     assert_true(listed);
 }
 
-int main(void)
+int test_main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST(an_unmapped_address_ends_the_job),

@@ -16,6 +16,7 @@ static uint64_t used_bytes(hmm_dev dev)
 static void data_four_times_larger_than_the_device_is_read(void **state)
 {
     (void)state;
+    skip_without_device_faults();
     size_t bytes = 32 * MIB;
     hmm_dev dev = open_with("memory=8M");
     char *p = map_pages(bytes);
@@ -59,7 +60,7 @@ static void shuffle_step(struct shuffle *s, uint64_t *at, uint64_t *add)
     *add = random_next(&s->seed) >> 40;
 }
 
-static uint64_t add_at_random(hmm_accessor *acc, void *arg)
+HMM_KERNEL(add_at_random)
 {
     struct shuffle *s = arg;
     for (uint64_t i = 0; i < s->steps; i++) {
@@ -152,7 +153,7 @@ struct counters {
     uint64_t rounds, stride, count;
 };
 
-static uint64_t count_up(hmm_accessor *acc, void *arg)
+HMM_KERNEL(count_up)
 {
     struct counters *c = arg;
     for (uint64_t round = 0; round < c->rounds; round++)
@@ -259,7 +260,7 @@ static void threads_use_two_devices_in_any_order(void **state)
     unmap_pages(p, 4 * MIB);
 }
 
-int main(void)
+int test_main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST_WITHOUT_DEVICE(data_four_times_larger_than_the_device_is_read),

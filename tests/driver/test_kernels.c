@@ -44,7 +44,7 @@ static void free_list(struct node *n)
     }
 }
 
-static uint64_t sum_list(hmm_accessor *acc, void *arg)
+HMM_KERNEL(sum_list)
 {
     uint64_t sum = 0;
     struct node n;
@@ -55,7 +55,7 @@ static uint64_t sum_list(hmm_accessor *acc, void *arg)
     return sum;
 }
 
-static uint64_t add_one_to_list(hmm_accessor *acc, void *arg)
+HMM_KERNEL(add_one_to_list)
 {
     uint64_t count = 0;
     struct node n;
@@ -119,7 +119,7 @@ struct lookup {
     uint64_t n;
 };
 
-static uint64_t look_up_all(hmm_accessor *acc, void *arg)
+HMM_KERNEL(look_up_all)
 {
     struct lookup *l = arg;
     uint64_t found = 0;
@@ -173,7 +173,7 @@ struct branch {
     uint32_t key;
 };
 
-static uint64_t depth_sum(hmm_accessor *acc, void *arg)
+HMM_KERNEL(depth_sum)
 {
     struct branch *stack[64], b;
     uint64_t sum = 0, level[64], top = 0;
@@ -234,7 +234,7 @@ struct piece {
 };
 
 /* Goes through a range span by span, and adds one to each byte. Returns 0, or what was wrong. */
-static uint64_t increment_bytes(hmm_accessor *acc, void *arg)
+HMM_KERNEL(increment_bytes)
 {
     struct piece *p = arg;
     for (size_t done = 0, n; done < p->len; done += n) {
@@ -276,7 +276,7 @@ struct transfer {
     char local[5000];
 };
 
-static uint64_t through_local(hmm_accessor *acc, void *arg)
+HMM_KERNEL(through_local)
 {
     struct transfer *t = arg;
     hmm_get(acc, t->local, t->from, t->len);
@@ -302,14 +302,15 @@ static void get_and_put_cross_pages_and_blocks(void **state)
 /* ---- arguments and results -------------------------------------------------------------------------------------------- */
 
 struct slow_arg {
-    volatile uint32_t *go;
+    struct control control; /* flags[0]: go on */
     uint64_t value;
 };
 
-static uint64_t value_when_told(hmm_accessor *acc, void *arg)
+HMM_KERNEL(value_when_told)
 {
     struct slow_arg *a = arg;
-    while (!*a->go)
+    volatile uint32_t *go = open_control(&a->control);
+    while (!*go)
         hmm_yield(acc);
     return (uintptr_t)arg % 16 == 0 ? a->value : 0;
 }
@@ -317,16 +318,15 @@ static uint64_t value_when_told(hmm_accessor *acc, void *arg)
 static void arguments_are_copied_at_launch_and_aligned(void **state)
 {
     (void)state;
-    uint32_t *go = map_control();
-    struct slow_arg a = {go, 4711};
+    struct slow_arg a = {make_control(), 4711};
     hmm_fence *fence = launch(device, value_when_told, &a, sizeof(a), 0);
     a.value = 1;
-    *go = 1;
+    *a.control.flags = 1;
     assert_int_equal(must(fence), 4711);
-    munmap(go, page_size());
+    free_control(&a.control);
 }
 
-static uint64_t clobber_arg(hmm_accessor *acc, void *arg)
+HMM_KERNEL(clobber_arg)
 {
     (void)acc;
     memset(arg, 0xff, 64 << 10);
@@ -343,7 +343,7 @@ static void the_argument_copy_is_the_kernels_own(void **state)
     free(arg);
 }
 
-static uint64_t no_argument(hmm_accessor *acc, void *arg)
+HMM_KERNEL(no_argument)
 {
     (void)acc;
     (void)arg;
@@ -359,16 +359,15 @@ static void results_have_64_bits_and_arguments_may_be_absent(void **state)
 static void a_wait_that_runs_out_says_so_and_the_job_goes_on(void **state)
 {
     (void)state;
-    uint32_t *go = map_control();
-    struct slow_arg a = {go, 5};
+    struct slow_arg a = {make_control(), 5};
     struct hmm_fence_info info = {.size = sizeof(info)};
     hmm_fence *fence = launch(device, value_when_told, &a, sizeof(a), 0);
     assert_int_equal(hmm_fence_wait(fence, 10000000), -EAGAIN);
     assert_int_equal(hmm_fence_info(fence, &info), 0);
     assert_int_equal(info.status, -EINPROGRESS);
-    *go = 1;
+    *a.control.flags = 1;
     assert_int_equal(must(fence), 5);
-    munmap(go, page_size());
+    free_control(&a.control);
 }
 
 /* ---- both sides at once ------------------------------------------------------------------------------------------------ */
@@ -379,7 +378,7 @@ struct counters {
 };
 
 /* Adds one to each counter, rounds times, not in a hurry. The CPU uses other bytes of the same pages meanwhile. */
-static uint64_t count_up(hmm_accessor *acc, void *arg)
+HMM_KERNEL(count_up)
 {
     struct counters *c = arg;
     for (uint64_t round = 0; round < c->rounds; round++)
@@ -422,7 +421,7 @@ struct mailbox {
     uint64_t rounds;
 };
 
-static uint64_t echo(hmm_accessor *acc, void *arg)
+HMM_KERNEL(echo)
 {
     struct mailbox *m = arg;
     for (uint64_t round = 1; round <= m->rounds; round++) {
@@ -454,7 +453,7 @@ static void cpu_and_device_exchange_messages_through_memory(void **state)
     unmap_pages(p, page_size());
 }
 
-int main(void)
+int test_main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST(a_linked_list_is_walked),

@@ -334,7 +334,7 @@ static void a_child_inherits_no_descriptor_of_the_library(void **state)
     assert_int_equal(with, in_child(count_descriptors, NULL));
 }
 
-int main(void)
+int test_main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST_WITHOUT_DEVICE(without_a_device_there_is_no_thread_and_no_descriptor),

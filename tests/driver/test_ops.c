@@ -182,7 +182,7 @@ static void what_a_job_read_is_on_the_device(void **state)
     unmap_pages(p, 4 * MIB);
 }
 
-int main(void)
+int test_main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST(crc32c_of_the_check_string),

@@ -151,18 +151,19 @@ static void reading_behind_the_end_of_a_file_ends_the_job(void **state)
 
 struct shared_bytes {
     char *at;
-    volatile uint32_t *flags;
+    struct control control; /* flags[0]: holds its span, [1]: go on */
 };
 
 /* Holds a write span over a page while the CPU writes beside it. */
-static uint64_t write_around_the_cpu(hmm_accessor *acc, void *arg)
+HMM_KERNEL(write_around_the_cpu)
 {
     struct shared_bytes *s = arg;
+    volatile uint32_t *flags = open_control(&s->control);
     size_t len = page_size();
     char *span = hmm_span_write(acc, s->at, &len);
     span[0] = 'd';
-    s->flags[0] = 1;
-    while (!s->flags[1])
+    flags[0] = 1;
+    while (!flags[1])
         ;
     span[200] = 'd';
     return len;
@@ -171,18 +172,19 @@ static uint64_t write_around_the_cpu(hmm_accessor *acc, void *arg)
 static void a_bus_write_leaves_bytes_alone_that_it_did_not_change(void **state)
 {
     (void)state;
-    struct shared_bytes s = {mmap(NULL, page_size(), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0), map_control()};
+    struct shared_bytes s = {mmap(NULL, page_size(), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0),
+                             make_control()};
     hmm_fence *fence = launch(device, write_around_the_cpu, &s, sizeof(s), 20000);
-    wait_for(s.flags, 1);
+    wait_for(s.control.flags, 1);
     memset(s.at + 1, 'c', 100);
-    s.flags[1] = 1;
+    s.control.flags[1] = 1;
     assert_int_equal(must(fence), page_size());
     assert_int_equal(s.at[0], 'd');
     for (int i = 1; i <= 100; i++)
         assert_int_equal(s.at[i], 'c');
     assert_int_equal(s.at[200], 'd');
     munmap(s.at, page_size());
-    munmap((void *)s.flags, page_size());
+    free_control(&s.control);
 }
 
 /* ---- pages that the kernel holds ---------------------------------------------------------------------------------------------------- */
@@ -427,7 +429,7 @@ static void a_query_that_does_not_fit_or_make_sense_is_refused(void **state)
     unmap_pages(p, 4 * page_size());
 }
 
-int main(void)
+int test_main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST(the_stack_is_used_in_place),

@@ -115,7 +115,7 @@ static void memory_in_transit_is_bounded(void **state)
     device = open_with(NULL);
 }
 
-int main(void)
+int test_main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST(small_pages_that_left_are_given_back),

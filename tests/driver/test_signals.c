@@ -73,7 +73,7 @@ static void handlers_touch_managed_memory_inside_calls(void **state)
     unmap_pages(arena, BYTES);
 }
 
-int main(void)
+int test_main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST(handlers_touch_managed_memory_inside_calls),

@@ -5,7 +5,7 @@
  *
  * stress_model [seconds] [seed]
  *
- * With HMM_DEBUG=inject=2 (with more per mille the manager hardly ever starts) a call may fail, with an errno and words, and a job that failed may have done a part of its work: then the
+ * With HMM_DEBUG=inject=2 (with more per mille the manager hardly ever starts), and over the device `faulty`, a call may fail, with an errno and words, and a job that failed may have done a part of its work: then the
  * bytes in its range are either the old or the new ones. Everything else holds as without.
  */
 #include "stress.h"
@@ -411,7 +411,7 @@ static void set_up(int argc, char **argv)
 {
     const char *debug = getenv("HMM_DEBUG");
     state = seed_of(argc, argv, 2);
-    injecting = debug && strstr(debug, "inject");
+    injecting = (debug && strstr(debug, "inject")) || strstr(device_spec(""), "_error="); /* of the device `faulty` */
     page = hmm_page_size();
     arena_bytes = PAGES * page;
     size_t align = 2u << 20;

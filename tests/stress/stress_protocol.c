@@ -10,6 +10,7 @@
  * stress_protocol [seconds] [seed]
  */
 #include "stress.h"
+#include "kernels/check_pages.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -19,8 +20,6 @@
 #include <unistd.h>
 
 #define PAGES 4096u /* 16 MiB with 4 KiB pages: several times the device */
-#define JOB_PAGES 16
-#define WORDS 8 /* spread over the page; the first and the last word are among them */
 
 enum { VERSION_ZERO = 0 }; /* the page is expected to read as zeros */
 
@@ -91,33 +90,6 @@ static void *cpu_main(void *arg)
 
 /* ---- the device's turn ---- */
 
-struct job_page {
-    char *addr;
-    uint64_t before[WORDS], after[WORDS];
-    uint64_t offset[WORDS];
-};
-
-struct job_arg {
-    unsigned n;
-    struct job_page pages[JOB_PAGES];
-};
-
-/* Returns 1 + 256 * page + word of the first mismatch, else 0. */
-static uint64_t kernel(hmm_accessor *acc, void *arg)
-{
-    struct job_arg *a = arg;
-    for (unsigned i = 0; i < a->n; i++)
-        for (unsigned w = 0; w < WORDS; w++) {
-            uint64_t found;
-            char *at = a->pages[i].addr + a->pages[i].offset[w];
-            hmm_get(acc, &found, at, sizeof(found));
-            if (found != a->pages[i].before[w])
-                return 1 + 256 * i + w;
-            hmm_put(acc, at, &a->pages[i].after[w], sizeof(found));
-        }
-    return 0;
-}
-
 static void prepare(struct job_arg *a, unsigned p)
 {
     struct job_page *j = &a->pages[a->n++];
@@ -142,7 +114,7 @@ static void *job_main(void *arg)
             }
         if (a.n == 0)
             continue;
-        struct hmm_launch launch = {.size = sizeof(launch), .kernel = kernel, .arg = &a, .arg_size = sizeof(a)};
+        struct hmm_launch launch = {.size = sizeof(launch), .kernel = check_pages, .arg = &a, .arg_size = sizeof(a)};
         hmm_fence *fence;
         REQUIRE(hmm_job_launch(dev, &launch, &fence));
         REQUIRE(hmm_fence_wait(fence, -1));

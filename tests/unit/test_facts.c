@@ -261,6 +261,18 @@ static int reuse(void *addr, size_t len, unsigned flags)
     return 0;
 }
 
+static int64_t zeros_for_poison(int uffd, uintptr_t dst, size_t len)
+{
+    return os_linux.uffd_zeropage(uffd, dst, len);
+}
+
+/* The marker goes with the registration. */
+static int clean_unregister(int uffd, uintptr_t start, size_t len)
+{
+    madvise((void *)start, len, MADV_DONTNEED);
+    return os_linux.uffd_unregister(uffd, start, len);
+}
+
 static char reported[200], why[512];
 
 static void collect(const struct hmm_check_item *item, void *arg)
@@ -324,6 +336,10 @@ static void test_differences(void **state)
     expect_different("18: mlockall", "filled");
     odd.uffd_move = lie_move;
     expect_different("20:", "huge");
+    odd.uffd_poison = zeros_for_poison;
+    expect_different("21:", "could be read");
+    odd.uffd_unregister = clean_unregister;
+    expect_different("21:", "after mremap");
 }
 
 /* ---- hanging and dying ---- */

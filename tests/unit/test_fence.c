@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* Fences: one completion, seen whole by every waiter; references; the public calls and their bad input. */
 #include <errno.h>
+#include <limits.h>
 #include <pthread.h>
 #include <sched.h>
 #include <setjmp.h>
@@ -274,6 +275,210 @@ static void test_stack_fence_may_vanish_when_done(void **state)
     pthread_join(t, NULL);
 }
 
+/* ---- what follows a completion ---- */
+
+struct follower {
+    struct fence_callback cb;
+    hmm_fence *seen; /* what it was called with */
+    unsigned calls, place;
+    hmm_fence *then; /* completed by it, or NULL */
+};
+
+static unsigned places;
+
+static void follow(struct fence_callback *cb, hmm_fence *fence)
+{
+    struct follower *w = (struct follower *)((char *)cb - offsetof(struct follower, cb));
+    w->seen = fence;
+    w->calls++;
+    w->place = ++places;
+    if (fence)
+        assert_true(fence_done(fence));
+    if (w->then)
+        hmm_fence_signal(w->then, fence->status);
+}
+
+static void follower_init(struct follower *w)
+{
+    *w = (struct follower){.cb.fn = follow};
+    list_init(&w->cb.link);
+}
+
+static void test_callbacks_run_once_oldest_first(void **state)
+{
+    (void)state;
+    struct follower w[4];
+    hmm_fence *f = fence_new();
+    places = 0;
+    for (int i = 0; i < 4; i++)
+        follower_init(&w[i]);
+    for (int i = 0; i < 3; i++)
+        assert_true(fence_add_callback(f, &w[i].cb));
+    assert_true(fence_remove_callback(&w[1].cb));
+    assert_false(fence_remove_callback(&w[1].cb));
+    hmm_fence_signal(f, -EIO);
+    assert_ptr_equal(w[0].seen, f);
+    assert_int_equal(w[0].place, 1);
+    assert_int_equal(w[1].calls, 0);
+    assert_int_equal(w[2].place, 2);
+    assert_false(fence_remove_callback(&w[0].cb));
+    assert_false(fence_add_callback(f, &w[3].cb));
+    assert_int_equal(w[3].calls, 0);
+    fence_put(f);
+    assert_int_equal(w[0].calls + w[2].calls, 2);
+}
+
+static void test_callbacks_of_a_fence_that_goes_away(void **state)
+{
+    (void)state;
+    struct follower w;
+    hmm_fence *f = fence_new();
+    follower_init(&w);
+    assert_true(fence_add_callback(f, &w.cb));
+    w.seen = f;
+    fence_put(f);
+    assert_int_equal(w.calls, 1);
+    assert_null(w.seen);
+}
+
+#define CHAIN 100000
+
+/* Each callback completes the next fence. */
+static void test_a_long_chain_of_completions(void **state)
+{
+    (void)state;
+    static struct follower w[CHAIN];
+    static hmm_fence *f[CHAIN + 1];
+    places = 0;
+    for (int i = 0; i <= CHAIN; i++)
+        f[i] = fence_new();
+    for (int i = 0; i < CHAIN; i++) {
+        follower_init(&w[i]);
+        w[i].then = f[i + 1];
+        assert_true(fence_add_callback(f[i], &w[i].cb));
+    }
+    hmm_fence_signal(f[0], -ENODEV);
+    for (int i = 0; i < CHAIN; i++)
+        assert_int_equal(w[i].place, i + 1);
+    assert_int_equal(fence_wait(f[CHAIN], 0), -ENODEV);
+    for (int i = 0; i <= CHAIN; i++)
+        fence_put(f[i]);
+}
+
+/* Adding, removing and completing at the same time: every callback runs once or is removed, never both. */
+struct adding {
+    hmm_fence *f;
+    struct follower w[64];
+    uint32_t go;
+    unsigned removed, refused;
+};
+
+static void *add_and_remove(void *arg)
+{
+    struct adding *a = arg;
+    while (!__atomic_load_n(&a->go, __ATOMIC_ACQUIRE))
+        ;
+    for (int i = 0; i < 64; i++) {
+        a->refused += !fence_add_callback(a->f, &a->w[i].cb);
+        if (i % 3 == 0)
+            a->removed += fence_remove_callback(&a->w[i / 2].cb);
+    }
+    return NULL;
+}
+
+static void test_adding_races_with_completion(void **state)
+{
+    (void)state;
+    for (int round = 0; round < 500; round++) {
+        struct adding a = {.f = fence_new()};
+        unsigned calls = 0;
+        pthread_t t;
+        for (int i = 0; i < 64; i++)
+            follower_init(&a.w[i]);
+        assert_int_equal(pthread_create(&t, NULL, add_and_remove, &a), 0);
+        __atomic_store_n(&a.go, 1, __ATOMIC_RELEASE);
+        for (int spin = 0; spin < round * 4; spin++)
+            __atomic_signal_fence(__ATOMIC_SEQ_CST);
+        hmm_fence_signal(a.f, 0);
+        pthread_join(t, NULL);
+        for (int i = 0; i < 64; i++) {
+            assert_in_range(a.w[i].calls, 0, 1);
+            calls += a.w[i].calls;
+        }
+        assert_int_equal(calls + a.removed + a.refused, 64);
+        fence_put(a.f);
+    }
+}
+
+/* ---- fences of the program ---- */
+
+static void test_the_program_completes_its_fences(void **state)
+{
+    (void)state;
+    struct hmm_fence_info info = {.size = sizeof(info)};
+    hmm_fence *f = fence_user_new(), *g = fence_user_new();
+    static const int bad[] = {1, INT_MAX, -EAGAIN, -EINPROGRESS};
+    for (unsigned i = 0; i < sizeof(bad) / sizeof(bad[0]); i++)
+        assert_int_equal(hmm_fence_complete(f, bad[i]), -EINVAL);
+    assert_int_equal(hmm_fence_wait(f, 0), -EAGAIN);
+    assert_int_equal(hmm_fence_complete(f, -EIO), 0);
+    assert_int_equal(hmm_fence_complete(f, 0), -EALREADY);
+    assert_int_equal(hmm_fence_info(f, &info), 0);
+    assert_int_equal(info.status, -EIO);
+    assert_int_equal(hmm_fence_complete(g, 0), 0);
+    assert_int_equal(hmm_fence_wait(g, -1), 0);
+    hmm_fence_put(g);
+    hmm_fence_put(f);
+    assert_int_equal(hmm_fence_complete(NULL, 0), -EINVAL);
+    hmm_fence *plain = fence_new();
+    assert_int_equal(hmm_fence_complete(plain, 0), -EINVAL);
+    fence_put(plain);
+}
+
+static void test_the_last_device_ends_the_programs_fences(void **state)
+{
+    (void)state;
+    hmm_fence *f = fence_user_new(), *done = fence_user_new(), *gone = fence_user_new();
+    assert_int_equal(hmm_fence_complete(done, 0), 0);
+    fence_put(gone);
+    fence_user_cancel_all();
+    assert_int_equal(fence_wait(f, 0), -ECANCELED);
+    assert_int_equal(fence_wait(done, 0), 0);
+    assert_int_equal(hmm_fence_complete(f, 0), -EALREADY);
+    fence_put(f);
+    fence_put(done);
+}
+
+struct rivals {
+    hmm_fence *f;
+    uint32_t ready;
+};
+
+static void *complete_it(void *arg)
+{
+    struct rivals *r = arg;
+    __atomic_fetch_add(&r->ready, 1, __ATOMIC_ACQ_REL);
+    while (__atomic_load_n(&r->ready, __ATOMIC_ACQUIRE) < 2)
+        ;
+    return (void *)(uintptr_t)(hmm_fence_complete(r->f, 0) == 0);
+}
+
+static void test_only_one_completes_it(void **state)
+{
+    (void)state;
+    for (int round = 0; round < 2000; round++) {
+        pthread_t t;
+        struct rivals r = {.f = fence_user_new()};
+        void *won;
+        assert_int_equal(pthread_create(&t, NULL, complete_it, &r), 0);
+        uintptr_t first = (uintptr_t)complete_it(&r);
+        pthread_join(t, &won);
+        assert_int_equal(first + (uintptr_t)won, 1);
+        fence_put(r.f);
+    }
+    assert_string_equal(logged, "");
+}
+
 #define T(f) cmocka_unit_test_setup_teardown(f, set_up, tear_down)
 
 int main(void)
@@ -290,6 +495,13 @@ int main(void)
         T(test_bad_input),
         T(test_waiters_see_the_whole_result),
         T(test_stack_fence_may_vanish_when_done),
+        T(test_callbacks_run_once_oldest_first),
+        T(test_callbacks_of_a_fence_that_goes_away),
+        T(test_a_long_chain_of_completions),
+        T(test_adding_races_with_completion),
+        T(test_the_program_completes_its_fences),
+        T(test_the_last_device_ends_the_programs_fences),
+        T(test_only_one_completes_it),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

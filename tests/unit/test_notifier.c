@@ -90,7 +90,7 @@ static unsigned invalidate(uintptr_t first, uintptr_t end)
     struct invalidation inv;
     ncalled = 0;
     bool marked = begin(&inv, first, end);
-    assert_int_equal(notifier_call(&tree, &inv, true), 0);
+    assert_int_equal(notifier_call(&tree, &inv, NOTIFIER_WAIT), 0);
     notifier_end(&tree, &inv);
     assert_int_equal(marked, ncalled > 0);
     return ncalled;
@@ -124,13 +124,13 @@ static void test_event_is_passed_on(void **state)
     insert(&n, 10, 20, &recording);
     ncalled = 0;
     assert_true(notifier_begin(&tree, &inv, 5 * PAGE, 12 * PAGE, HMM_EVENT_MIGRATE, DEVICE(2)));
-    assert_int_equal(notifier_call(&tree, &inv, false), 0);
+    assert_int_equal(notifier_call(&tree, &inv, NOTIFIER_AT_ONCE), 0);
     assert_int_equal(last_event.start, 5 * PAGE);
     assert_int_equal(last_event.end, 12 * PAGE);
     assert_int_equal(last_event.type, HMM_EVENT_MIGRATE);
     assert_ptr_equal(last_event.owner, DEVICE(2));
     assert_false(last_event.blockable);
-    assert_int_equal(notifier_call(&tree, &inv, true), 0);
+    assert_int_equal(notifier_call(&tree, &inv, NOTIFIER_WAIT), 0);
     assert_true(last_event.blockable);
     notifier_end(&tree, &inv);
     notifier_remove(&tree, &n);
@@ -151,7 +151,7 @@ static void test_own_migration_is_left_out_and_nothing_else(void **state)
             assert_int_equal(hmm_notifier_read_retry(&n, seq), !own);
             if (own) /* does not wait */
                 assert_int_equal(notifier_read_begin(&tree, &n), seq);
-            assert_int_equal(notifier_call(&tree, &inv, true), 0);
+            assert_int_equal(notifier_call(&tree, &inv, NOTIFIER_WAIT), 0);
             assert_int_equal(ncalled, own ? 0 : 1);
             notifier_end(&tree, &inv);
         }
@@ -219,7 +219,7 @@ static void check_invalidation(unsigned *seed)
         assert_int_equal(hmm_notifier_seq(&node[i]), seq[i] + concerned);
     }
     assert_int_equal(ncalled, 0);
-    assert_int_equal(notifier_call(&tree, &inv, true), 0);
+    assert_int_equal(notifier_call(&tree, &inv, NOTIFIER_WAIT), 0);
     notifier_end(&tree, &inv);
     assert_int_equal(ncalled, n);
     for (unsigned e = 0; e < n; e++)
@@ -328,9 +328,9 @@ static void test_overlapping_invalidations_of_one_notifier(void **state)
     assert_true(begin(&b, 10, 30));
     assert_int_equal(hmm_notifier_seq(&n), seq + 2);
     ncalled = 0;
-    assert_int_equal(notifier_call(&tree, &b, true), 0);
+    assert_int_equal(notifier_call(&tree, &b, NOTIFIER_WAIT), 0);
     notifier_end(&tree, &b);
-    assert_int_equal(notifier_call(&tree, &a, true), 0);
+    assert_int_equal(notifier_call(&tree, &a, NOTIFIER_WAIT), 0);
     assert_int_equal(ncalled, 2);
     notifier_end(&tree, &a);
     assert_int_equal(notifier_read_begin(&tree, &n), seq + 2);
@@ -347,13 +347,13 @@ static void test_inserted_after_begin_is_not_called(void **state)
     insert(&after, 5, 30, &recording);
     uint64_t seq = hmm_notifier_seq(&after);
     ncalled = 0;
-    assert_int_equal(notifier_call(&tree, &inv, true), 0);
+    assert_int_equal(notifier_call(&tree, &inv, NOTIFIER_WAIT), 0);
     assert_int_equal(ncalled, 1);
     assert_ptr_equal(called[0], &before);
     assert_int_equal(hmm_notifier_seq(&after), seq);
     assert_true(begin(&later, 25, 26)); /* but by those that begin afterwards */
     ncalled = 0;
-    assert_int_equal(notifier_call(&tree, &later, true), 0);
+    assert_int_equal(notifier_call(&tree, &later, NOTIFIER_WAIT), 0);
     assert_int_equal(ncalled, 1);
     notifier_end(&tree, &later);
     notifier_end(&tree, &inv);
@@ -447,14 +447,14 @@ static void test_answers(void **state)
     insert(&b, 11, 20, &recording);
     assert_true(begin(&inv, 0, 100));
     answer = -EAGAIN, answer_blockable = 0, ncalled = 0;
-    assert_int_equal(notifier_call(&tree, &inv, false), -EAGAIN);
+    assert_int_equal(notifier_call(&tree, &inv, NOTIFIER_AT_ONCE), -EAGAIN);
     assert_int_equal(ncalled, 1); /* at once */
     assert_int_equal(log_lines, 0);
-    assert_int_equal(notifier_call(&tree, &inv, true), 0);
+    assert_int_equal(notifier_call(&tree, &inv, NOTIFIER_WAIT), 0);
     assert_int_equal(ncalled, 3);
     assert_int_equal(log_lines, 0);
     answer = -EIO, ncalled = 0;
-    assert_int_equal(notifier_call(&tree, &inv, false), 0);
+    assert_int_equal(notifier_call(&tree, &inv, NOTIFIER_AT_ONCE), 0);
     assert_int_equal(ncalled, 2);
     assert_int_equal(log_lines, 1);
     char name[40];
@@ -462,10 +462,10 @@ static void test_answers(void **state)
     assert_non_null(strstr(logged, name));
     assert_non_null(strstr(logged, "-5"));
     answer_blockable = -EAGAIN; /* legal only when it is not blockable */
-    assert_int_equal(notifier_call(&tree, &inv, true), 0);
+    assert_int_equal(notifier_call(&tree, &inv, NOTIFIER_WAIT), 0);
     assert_int_equal(log_lines, 2);
     answer_blockable = 1;
-    assert_int_equal(notifier_call(&tree, &inv, true), 0);
+    assert_int_equal(notifier_call(&tree, &inv, NOTIFIER_WAIT), 0);
     assert_int_equal(log_lines, 3);
     notifier_end(&tree, &inv);
     notifier_remove(&tree, &a);
@@ -582,7 +582,7 @@ static void *invalidate_all(void *arg)
     struct invalidation inv;
     (void)arg;
     begin(&inv, 0, 100);
-    notifier_call(&tree, &inv, true);
+    notifier_call(&tree, &inv, NOTIFIER_WAIT);
     notifier_end(&tree, &inv);
     return NULL;
 }
@@ -601,7 +601,7 @@ static void *invalidate_until_removed(void *arg)
 {
     struct invalidation inv;
     begin(&inv, 0, 100);
-    notifier_call(&tree, &inv, true);
+    notifier_call(&tree, &inv, NOTIFIER_WAIT);
     wait_for(arg, 1);
     notifier_end(&tree, &inv);
     return NULL;
@@ -704,7 +704,7 @@ static void *change(void *arg)
     for (int i = 0; i < 1000; i++) {
         struct invalidation inv;
         begin(&inv, 5, 15);
-        notifier_call(&tree, &inv, true);
+        notifier_call(&tree, &inv, NOTIFIER_WAIT);
         bool entry = entry_of(m) != 0;
         __atomic_fetch_add(&m->value, 1, __ATOMIC_RELAXED);
         if (i % 8 == 0)
@@ -802,7 +802,7 @@ static void *keep_invalidating(void *arg)
         struct invalidation inv;
         uintptr_t first = (uintptr_t)rand_r(&seed) % 50;
         begin(&inv, first, first + 1 + (uintptr_t)rand_r(&seed) % 20);
-        notifier_call(&tree, &inv, true);
+        notifier_call(&tree, &inv, NOTIFIER_WAIT);
         notifier_end(&tree, &inv);
     }
     return NULL;

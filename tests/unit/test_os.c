@@ -2,6 +2,7 @@
 /* os_linux on the running kernel: each operation against its contract in os/os.h. (userfaultfd has a
  * file of its own, test_uffd.c.) What changes the process is done in children. */
 #include <errno.h>
+#include <limits.h>
 #include <pthread.h>
 #include <sched.h>
 #include <setjmp.h>
@@ -828,6 +829,56 @@ static void test_private_files(void **state)
         close(f.fd[i]);
 }
 
+struct adopted {
+    pid_t from;
+    int fd, copy, none, nobody;
+};
+
+static void *adopt(void *arg)
+{
+    struct adopted *a = arg;
+
+    a->none = os->private_files(NULL, 0);
+    a->copy = os->fd_of_thread(a->from, a->fd);
+    if (!a->none)
+        a->none = os->fd_of_thread(a->from, 1000000);
+    a->nobody = os->fd_of_thread(INT_MAX, a->fd);
+    if (a->copy >= 0)
+        os->event_set(a->copy);
+    return NULL;
+}
+
+/* A thread with a table of its own gets a duplicate of a descriptor of a thread, here not the first one of the process. */
+static void *offer(void *arg)
+{
+    struct adopted a = {.from = os_tid(), .fd = os->event_open()};
+    uint64_t count = 0;
+    pthread_t t;
+
+    (void)arg;
+    if (pthread_create(&t, NULL, adopt, &a))
+        return "no thread";
+    pthread_join(t, NULL);
+    if (a.copy < 0 || a.none != -EBADF || a.nobody >= 0)
+        return "wrong results";
+    if (read(a.fd, &count, sizeof(count)) != sizeof(count) || count != 1)
+        return "not the same file";
+    close(a.fd);
+    return NULL;
+}
+
+static void test_fd_of_thread(void **state)
+{
+    pthread_t t;
+    void *wrong;
+
+    (void)state;
+    assert_int_equal(pthread_create(&t, NULL, offer, NULL), 0);
+    pthread_join(t, &wrong);
+    if (wrong)
+        fail_msg("%s", (const char *)wrong);
+}
+
 /* A descriptor opened by the program afterwards does not appear in the private table: nor does closing it there matter. */
 static void *keep_and_wait(void *arg)
 {
@@ -890,6 +941,7 @@ int main(void)
         cmocka_unit_test(test_cpu),
         cmocka_unit_test(test_thread_blocks),
         cmocka_unit_test(test_private_files),
+        cmocka_unit_test(test_fd_of_thread),
         cmocka_unit_test(test_private_files_outlive),
     };
 

@@ -104,6 +104,13 @@ static void test_wrong_descriptions_are_refused(void **state)
     expect_refused(d, -EINVAL, "more than");
     d = good, d.pages = UINT64_MAX;
     expect_refused(d, -EINVAL, "more than");
+    static const uint64_t granules[] = {1, 2048, 3 * 4096, (uint64_t)4 << 20, UINT64_MAX};
+    for (unsigned i = 0; i < sizeof(granules) / sizeof(granules[0]); i++) {
+        d = good, d.granule = granules[i];
+        expect_refused(d, -EINVAL, "granule");
+    }
+    d = good, d.granule = 16 * os_page_size();
+    expect_refused(d, -EINVAL, "less than a granule");
     d = good, d.cpu_map = (void *)4097;
     expect_refused(d, -EINVAL, "aligned");
     d = good, d.cpu_map = (void *)(UINTPTR_MAX - 3 * os_page_size() + 1);

@@ -14,12 +14,12 @@
 
 static struct policy_range device(unsigned page, unsigned on_device, unsigned previous, bool huge, uint64_t device_pages)
 {
-    return policy_device_fault(&(struct policy_device_fault){PAGES, page, on_device, previous, huge, device_pages});
+    return policy_device_fault(&(struct policy_device_fault){PAGES, page, on_device, previous, huge, device_pages, 0});
 }
 
 static struct policy_range cpu(struct policy_streams *st, uintptr_t number, bool huge)
 {
-    return policy_cpu_fault(st, &(struct policy_cpu_fault){PAGES, number % PAGES, number, huge});
+    return policy_cpu_fault(st, &(struct policy_cpu_fault){PAGES, number % PAGES, number, huge, 1});
 }
 
 static void assert_range(struct policy_range r, unsigned first, unsigned end)
@@ -147,6 +147,48 @@ static void a_huge_page_comes_home_whole_and_the_stream_goes_on_behind_it(void *
     assert_range(cpu(&st, 5 * PAGES, false), 0, PAGES);
 }
 
+static struct policy_range device_granule(unsigned page, unsigned on_device, uint64_t device_pages, unsigned granule)
+{
+    return policy_device_fault(&(struct policy_device_fault){
+        .pages = PAGES, .page = page, .on_device = on_device, .device_pages = device_pages, .granule = granule});
+}
+
+static void a_device_window_is_whole_granules(void **state)
+{
+    (void)state;
+    assert_range(device_granule(33, 0, MANY, 1), 32, 48);
+    assert_range(device_granule(33, 0, MANY, 16), 32, 48);
+    assert_range(device_granule(33, 0, MANY, 64), 0, 64);
+    assert_range(device_granule(200, 100, MANY, 64), 0, 256); /* evidence asks for more */
+    assert_range(device_granule(300, 0, MANY, 512), 0, 512);
+    assert_range(device_granule(300, 0, 16, 16), 288, 304); /* more than a quarter, but not less than a granule */
+    assert_range(device_granule(300, 0, 512, 512), 0, 512);
+}
+
+static struct policy_range cpu_granule(struct policy_streams *st, uintptr_t number, unsigned granule)
+{
+    return policy_cpu_fault(
+        st, &(struct policy_cpu_fault){.pages = PAGES, .page = number % PAGES, .number = number, .granule = granule});
+}
+
+/* Of pages that lie alone, and of a stream, which goes on behind the granule. */
+static void a_cpu_window_is_whole_granules(void **state)
+{
+    struct policy_streams st = {0};
+    (void)state;
+    assert_range(cpu_granule(&st, 3 * PAGES + 37, 16), 32, 48);
+    assert_range(cpu_granule(&st, 3 * PAGES + 48, 16), 48, 64);
+    assert_range(cpu_granule(&st, 9 * PAGES + 511, 16), 496, 512);
+    assert_range(cpu_granule(&st, 12 * PAGES + 511, 512), 0, 512);
+    assert_range(cpu_granule(&st, 13 * PAGES, 512), 0, 512);
+    for (unsigned granule = 1; granule <= PAGES; granule *= 2)
+        for (uintptr_t n = 20 * PAGES; n < 22 * PAGES; n += 3) {
+            struct policy_range r = cpu_granule(&st, n, granule);
+            assert_true(r.first <= n % PAGES && n % PAGES < r.end && r.end <= PAGES);
+            assert_true(r.first % granule == 0 && r.end % granule == 0);
+        }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -161,6 +203,8 @@ int main(void)
         cmocka_unit_test(streams_do_not_disturb_each_other),
         cmocka_unit_test(the_oldest_stream_makes_room),
         cmocka_unit_test(a_huge_page_comes_home_whole_and_the_stream_goes_on_behind_it),
+        cmocka_unit_test(a_device_window_is_whole_granules),
+        cmocka_unit_test(a_cpu_window_is_whole_granules),
     };
     return cmocka_run_group_tests_name("policy", tests, NULL, NULL);
 }

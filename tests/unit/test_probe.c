@@ -155,6 +155,7 @@ static void test_each_feature(void **state)
         {UFFD_FEATURE_EVENT_UNMAP, "feature EVENT_UNMAP"},
         {UFFD_FEATURE_EVENT_REMAP, "feature EVENT_REMAP"},
         {UFFD_FEATURE_THREAD_ID, "feature THREAD_ID"},
+        {UFFD_FEATURE_POISON, "feature POISON"},
         {UFFD_FEATURE_MOVE, "feature MOVE"},
     };
     uint64_t all = 0;

@@ -702,6 +702,49 @@ static void a_pinned_device_page_stays(void **state)
     close_device();
 }
 
+static uint64_t used_bytes(void)
+{
+    struct hmm_device_info info = {.size = sizeof(info)};
+    assert_int_equal(hmm_device_info(dev, &info), 0);
+    return info.used_bytes;
+}
+
+/* A fault is over a moment before its device pages are free. */
+static void expect_used(uint64_t n)
+{
+    for (int i = 0; i < 10000 && used_bytes() != n; i++)
+        os_sleep(1000000);
+    assert_int_equal(used_bytes(), n);
+}
+
+/* A driver's reference keeps the device page, but not the address: that may come home, or be unmapped. */
+static void a_device_page_with_a_reference_is_not_freed(void **state)
+{
+    struct pagemap *pm = NULL;
+    uint64_t pfn;
+    (void)state;
+    open_device();
+    fill_arena(1);
+    to_device(arena, bytes(PAGES));
+    devices_each(pin_first, &pm);
+    assert_int_equal(hmm_range_snapshot(pm->dev, (uintptr_t)arena, (uintptr_t)arena + page, &pfn), 0);
+    assert_true(pfn & HMM_PFN_VALID);
+    hmm_page_get(pm->dev, pfn & HMM_PFN_MASK, 1);
+    check_all("with a reference", false);
+    expect_used(page);
+    assert_int_equal(pm->pages[pfn & HMM_PFN_MASK].refs, 1);
+    assert_int_equal(hmm_audit(), 0);
+    hmm_page_put(pm->dev, pfn & HMM_PFN_MASK, 1);
+    expect_used(0);
+    assert_int_equal(errors_logged, 0);
+    hmm_page_get(pm->dev, pm->desc.pages - 1, 2); /* named, and not followed */
+    hmm_page_put(pm->dev, UINT64_MAX, 1);
+    expect_used(0);
+    assert_int_equal(errors_logged, 2);
+    errors_logged = 0;
+    close_device();
+}
+
 /* A child may crash on managed memory, but never read zeros for data. */
 static void a_child_does_not_read_zeros(void **state)
 {
@@ -738,6 +781,7 @@ int main(void)
         TEST(the_device_asks_again_when_the_answer_is_old),
         TEST(a_page_that_the_device_writes_is_waited_for),
         TEST(a_pinned_device_page_stays),
+        TEST(a_device_page_with_a_reference_is_not_freed),
         TEST(a_child_does_not_read_zeros),
     };
     return cmocka_run_group_tests_name("protocol", tests, NULL, NULL);

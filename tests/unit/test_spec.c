@@ -9,9 +9,9 @@
 
 #include <cmocka.h>
 
-#include "api/manager.h"
+#include "api/drivers.h"
 
-static union hmm_option_value values[OPTIONS_MAX];
+static union hmm_option_value values[HMM_OPTIONS_MAX];
 static const struct hmm_driver *driver;
 
 static unsigned option(const char *name)
@@ -125,7 +125,7 @@ static void values_that_are_no_number_are_quoted(void **state)
     for (size_t i = 0; i < sizeof(words) / sizeof(*words); i++) {
         char spec[100], quoted[100];
         snprintf(spec, sizeof(spec), "soft:memory=%s", words[i]);
-        snprintf(quoted, sizeof(quoted), "'%s' for option 'memory'", words[i]);
+        snprintf(quoted, sizeof(quoted), "'%s' for option 'memory' is not a size", words[i]);
         refused(spec, -EINVAL, quoted);
     }
     refused("soft:engines=2K", -EINVAL, "'2K' for option 'engines'");
@@ -151,6 +151,59 @@ static void a_long_spec_is_refused_before_it_is_kept(void **state)
     refused(spec, -EINVAL, "longer than 127");
 }
 
+static void options_that_must_be_given_and_specs_that_take_the_rest(void **state)
+{
+    (void)state;
+    assert_int_equal(number("faulty:seed=7,over=soft:memory=1M,engines=2", "seed"), 7);
+    assert_string_equal(values[option("over")].string, "soft:memory=1M,engines=2");
+    refused("faulty", -EINVAL, "over=SPEC");
+    refused("faulty:seed=7", -EINVAL, "over=SPEC");
+    refused("faulty:over", -EINVAL, "'over'");
+    refused("faulty:over=", -EINVAL, "'over='");
+    assert_int_equal(number("faulty:over=anything,seed=7", "seed"), 0);
+    assert_string_equal(values[option("over")].string, "anything,seed=7");
+}
+
+/* A table of one option, or of two. */
+static void malformed(struct hmm_option first, struct hmm_option second, const char *quoted)
+{
+    const struct hmm_option table[] = {first, second, {.name = NULL}};
+    const struct hmm_driver bad = {.name = "bad", .options = table};
+    assert_int_equal(options_check(&bad), -EINVAL);
+    if (!strstr(hmm_last_message(), "driver bad is malformed") || !strstr(hmm_last_message(), quoted))
+        fail_msg("\"%s\" does not contain \"%s\"", hmm_last_message(), quoted);
+}
+
+static void tables_that_no_spec_can_be_checked_against_are_refused(void **state)
+{
+    const struct hmm_option none = {.name = NULL}, number = {.name = "n", .type = HMM_OPTION_UINT, .max = 9, .fallback = "1"};
+    struct hmm_option o = number;
+    (void)state;
+    assert_int_equal(options_check(&(struct hmm_driver){.name = "good", .options = (struct hmm_option[]){number, none}}), 0);
+    assert_int_equal(options_check(&(struct hmm_driver){.name = "good"}), 0);
+    malformed(number, number, "twice");
+    o.fallback = "x";
+    malformed(o, none, "fallback");
+    o = number, o.min = 10;
+    malformed(o, none, "minimum");
+    o = number, o.name = "a b";
+    malformed(o, none, "'a b'");
+    o = number, o.name = "";
+    malformed(o, none, "''");
+    o = number, o.type = HMM_OPTION_CHOICE;
+    malformed(o, none, "choices");
+    o.choices = "|a";
+    malformed(o, none, "choices");
+    o.choices = "a|b";
+    malformed(o, none, "fallback"); /* "1" is none of them */
+    o = number, o.type = HMM_OPTION_SPEC;
+    malformed(o, number, "last");
+    o.type = HMM_OPTION_FLAG;
+    malformed(o, none, "flag");
+    o.type = (enum hmm_option_type) - 1;
+    malformed(o, none, "type");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -163,6 +216,8 @@ int main(void)
         cmocka_unit_test(values_that_are_no_number_are_quoted),
         cmocka_unit_test(values_out_of_range_are_quoted_with_the_range),
         cmocka_unit_test(a_long_spec_is_refused_before_it_is_kept),
+        cmocka_unit_test(options_that_must_be_given_and_specs_that_take_the_rest),
+        cmocka_unit_test(tables_that_no_spec_can_be_checked_against_are_refused),
     };
     return cmocka_run_group_tests_name("spec", tests, NULL, NULL);
 }

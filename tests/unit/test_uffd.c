@@ -322,6 +322,28 @@ static void test_move(void **state)
     area_free(p, 8);
 }
 
+static void test_poison(void **state)
+{
+    char *p, *src;
+    char byte;
+
+    NEED_UFFD();
+    p = area(4, true);
+    src = area(1, false);
+    assert_int_equal(os->uffd_copy(u.fd, (uintptr_t)p + 2 * PAGE, src, PAGE), PAGE);
+    /* Up to the page that is there: short; on it, and on one that is poisoned: EEXIST. */
+    assert_int_equal(os->uffd_poison(u.fd, (uintptr_t)p, 4 * PAGE), 2 * PAGE);
+    assert_int_equal(os->uffd_poison(u.fd, (uintptr_t)p + 2 * PAGE, PAGE), -EEXIST);
+    assert_int_equal(os->uffd_poison(u.fd, (uintptr_t)p, PAGE), -EEXIST);
+    assert_int_equal(os->vm_read((uintptr_t)p, &byte, 1), -EFAULT);
+    assert_int_equal(os->vm_read((uintptr_t)p + 2 * PAGE, &byte, 1), 1);
+    assert_int_equal(os->uffd_zeropage(u.fd, (uintptr_t)p, PAGE), -EEXIST);
+    assert_int_equal(present(p, 4), 7); /* the marker looks like a swapped page */
+    assert_int_equal(os->uffd_poison(u.fd, (uintptr_t)src, PAGE), -ENOENT);
+    area_free(src, 1);
+    area_free(p, 4);
+}
+
 /* ---- faults ---- */
 
 struct toucher {
@@ -398,6 +420,7 @@ static void test_pending(void **state)
     assert_int_equal(os->uffd_pending(u.fd), 1);
     assert_int_equal(os->uffd_copy(u.fd, (uintptr_t)q, src, PAGE), -EAGAIN);
     assert_int_equal(os->uffd_zeropage(u.fd, (uintptr_t)q, PAGE), -EAGAIN);
+    assert_int_equal(os->uffd_poison(u.fd, (uintptr_t)q, PAGE), -EAGAIN);
     assert_int_equal(os->uffd_move(u.fd, (uintptr_t)q, (uintptr_t)src, PAGE), -EAGAIN);
     assert_int_equal(present(q, 1), 0);
     assert_int_equal(present(p, 1), 1);
@@ -429,6 +452,7 @@ static void test_bad_descriptor(void **state)
         assert_true(os->uffd_unregister(bad, (uintptr_t)p, PAGE) < 0);
         assert_true(os->uffd_copy(bad, (uintptr_t)p, p, PAGE) < 0);
         assert_true(os->uffd_move(bad, (uintptr_t)p, (uintptr_t)p, PAGE) < 0);
+        assert_true(os->uffd_poison(bad, (uintptr_t)p, PAGE) < 0);
         assert_true(os->uffd_zeropage(bad, (uintptr_t)p, PAGE) < 0);
         assert_true(os->uffd_wake(bad, (uintptr_t)p, PAGE) < 0);
         assert_true(os->uffd_pending(bad) < 0);
@@ -447,6 +471,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_copy, open_it, close_it),
         cmocka_unit_test_setup_teardown(test_zeropage, open_it, close_it),
         cmocka_unit_test_setup_teardown(test_move, open_it, close_it),
+        cmocka_unit_test_setup_teardown(test_poison, open_it, close_it),
         cmocka_unit_test_setup_teardown(test_fault, open_it, close_it),
         cmocka_unit_test_setup_teardown(test_pending, open_it, close_it),
         cmocka_unit_test_setup_teardown(test_bad_descriptor, open_it, close_it),

@@ -21,6 +21,7 @@
 static const struct bench *const benches[] = {
     &bench_migrate_to_device,    &bench_migrate_to_system, &bench_cpu_fault_random,
     &bench_cpu_touch_sequential, &bench_unmanaged_touch,   &bench_metadata,
+    &bench_device_fault,         &bench_operations,        &bench_empty_job,
 };
 #define BENCHES (sizeof(benches) / sizeof(benches[0]))
 
@@ -81,23 +82,39 @@ static void print_list(void)
 
 /* ---- running --------------------------------------------------------------------------------------------------------- */
 
+/* On the device that was asked for, or on the default one, and then on that with its engines in a process of their own. */
+static int run_bench(struct bench_env *env, const struct bench *bench, const struct options *options)
+{
+    char device[64], name[64];
+
+    env->name = bench->name;
+    env->suffix = "";
+    env->device_spec = options->device ? options->device : device;
+    snprintf(device, sizeof(device), "soft:memory=%" PRIu64, options->size + DEVICE_ROOM);
+    if (bench->run(env))
+        return 1;
+    if (!bench->engines || options->device)
+        return 0;
+    env->suffix = "_isolated";
+    snprintf(name, sizeof(name), "%s%s", bench->name, env->suffix);
+    snprintf(device, sizeof(device), "soft:isolated,memory=%" PRIu64, options->size + DEVICE_ROOM);
+    env->name = name;
+    return bench->run(env);
+}
+
 static int run_benches(const struct options *options)
 {
-    char device[64];
     struct bench_env env = {
-        .device_spec = options->device ? options->device : device,
         .size = options->size,
         .runs = options->runs,
         .seed = options->seed,
         .emit = options->json ? emit_json : emit_row,
     };
 
-    snprintf(device, sizeof(device), "soft:memory=%" PRIu64, options->size + DEVICE_ROOM);
     for (size_t i = 0; i < BENCHES; i++) {
         if (!options->chosen[i])
             continue;
-        env.name = benches[i]->name;
-        if (benches[i]->run(&env))
+        if (run_bench(&env, benches[i], options))
             return 1;
         if (output_finish(0))
             return 1; /* nobody reads any more */

@@ -3,7 +3,8 @@
  * What the files of `hmm demo` share. The main road is demo.c; read it first.
  *
  *  - demo_words.c    the CPU's side: the file, the text in malloc memory, the hash table of its words
- *  - demo_kernels.c  the device's side: C functions that run on the device and follow the same pointers
+ *  - kernels/        the device's side: C functions that run on the device and follow the same pointers
+ *  - demo_jobs.c     launches them, and waits
  *  - demo_expect.c   the judge: the same answers, worked out by other code from a second read of the file
  *  - demo_report.c   what is shown: phases, results, JSON;  demo_picture.c: the picture and the progress bar
  *
@@ -18,103 +19,13 @@
 #include <stdint.h>
 #include <time.h>
 
+#include "kernels/demo_kernels.h"
 #include "output.h"
 
 /* Exit statuses; functions that can fail for the user return one, and have said why with output_error(). */
 enum { DEMO_VERIFIED = 0, DEMO_DIFFERS = 1, DEMO_BAD_INPUT = 2 };
 
 #define PIECE_BYTES ((uint64_t)1 << 20) /* the text is checksummed and counted in pieces of this size */
-
-/* The CPU changes words between two rounds; the device answers every question once before and once after. */
-enum { BEFORE, AFTER, ROUNDS };
-
-/* ---- words: the rules that CPU and device share ------------------------------------------------------------------- */
-
-/*
- * A word is a run of ASCII letters and digits, in lower case. It is known by its first WORD_MAX bytes: longer runs that begin
- * alike are one word. So who reads a piece of the text needs to look only one byte back and WORD_MAX bytes ahead.
- */
-#define WORD_MAX 31
-
-/* A node of the hash table, in malloc memory. CPU and device reach it through the same pointer. */
-struct word {
-    struct word *next; /* the chain */
-    uint64_t hash;
-    uint64_t count;          /* occurrences, counted and kept up to date by the CPU */
-    uint64_t device[ROUNDS]; /* occurrences, counted by the device */
-    uint8_t length;
-    char spelling[];
-};
-
-/* A word as it is being read. */
-struct spelling {
-    uint64_t hash;
-    uint32_t length; /* 0: no word */
-    char bytes[WORD_MAX];
-};
-
-/* The letter or digit in lower case, or 0 for any other byte. Computed, because a kernel may not read tables of the host. */
-static inline unsigned char word_byte(unsigned char c)
-{
-    unsigned char lower = c | 0x20;
-
-    if (c >= '0' && c <= '9')
-        return c;
-    return lower >= 'a' && lower <= 'z' ? lower : 0;
-}
-
-/* FNV-1a. */
-#define HASH_START 0xcbf29ce484222325ull
-#define HASH_FACTOR 0x100000001b3ull
-
-static inline void spelling_reset(struct spelling *s)
-{
-    s->hash = HASH_START;
-    s->length = 0;
-}
-
-static inline void spelling_add(struct spelling *s, unsigned char c)
-{
-    if (s->length < WORD_MAX) {
-        s->hash = (s->hash ^ c) * HASH_FACTOR;
-        s->bytes[s->length++] = (char)c;
-    }
-}
-
-/* The bucket of a hash. The high half is folded in because FNV mixes upwards. */
-static inline uint64_t bucket_of(uint64_t hash, uint64_t mask)
-{
-    return (hash ^ (hash >> 32)) & mask;
-}
-
-/* One number for a word and its count. The sum over all words says, in any order, whether two tables hold the same. */
-static inline uint64_t word_fingerprint(uint64_t hash, uint64_t count)
-{
-    uint64_t x = hash + count * 0x9e3779b97f4a7c15ull;
-
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-    return x ^ (x >> 31);
-}
-
-/* ---- what is known about all words together ------------------------------------------------------------------------ */
-
-#define RANKS 10
-
-struct rank {
-    uint64_t count;
-    uint32_t length;
-    char spelling[WORD_MAX];
-};
-
-struct census {
-    uint64_t words; /* different ones */
-    uint64_t occurrences;
-    uint64_t fingerprint; /* sum of word_fingerprint() */
-    uint64_t misplaced;   /* nodes in a chain where their spelling does not belong */
-    uint32_t ranks;       /* used entries of rank[]: most frequent first, equals by spelling */
-    struct rank rank[RANKS];
-};
 
 /* ---- demo_words.c: the file, the text, the table ------------------------------------------------------------------- */
 
@@ -177,7 +88,7 @@ struct edit_result {
 /* Changes the text and the counts in the table. 0 or -ENOMEM. */
 int edits_apply(const struct edit *edits, size_t count, char *text, struct table *table, struct edit_result *result);
 
-/* ---- demo_kernels.c: jobs on the device ---------------------------------------------------------------------------- */
+/* ---- demo_jobs.c: jobs on the device ------------------------------------------------------------------------------- */
 
 /* All return 0 or an exit status, and wait until the device has finished. */
 int device_walk(hmm_dev dev, const struct table *table, struct census *census, struct progress *progress);

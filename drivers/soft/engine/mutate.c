@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Mutations of the soft device: protocol steps left out on purpose, in test builds only. See tests/MUTATIONS.md. */
-#include "soft.h"
+#include "engine.h"
 
 #ifdef HMM_MUTATIONS
 #include <stdlib.h>

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Messages made on the fault path, where stdio is not allowed. Too long ones are cut; always terminated. */
-#include "soft.h"
+#include "engine.h"
 
 static void add(struct text *t, char c)
 {

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* CRC-32C (Castagnoli; RFC 3720, appendix B.4): by the processor's instruction where it has one, else by a table. */
-#include "soft.h"
+#include "loops.h"
 
 #include <string.h>
 
@@ -13,7 +13,7 @@ static const uint32_t nibble[16] = {
 };
 _Static_assert(POLYNOMIAL == 0x82f63b78u, "the table is of this polynomial");
 
-uint32_t soft_crc32c_table(uint32_t crc, const void *data, size_t len)
+uint32_t loop_crc32c_table(uint32_t crc, const void *data, size_t len)
 {
     const unsigned char *p = data;
     crc = ~crc;
@@ -40,16 +40,16 @@ __attribute__((target("sse4.2"))) static uint32_t by_instruction(uint32_t crc, c
     return ~(uint32_t)c;
 }
 
-uint32_t soft_crc32c(uint32_t crc, const void *data, size_t len)
+uint32_t loop_crc32c(uint32_t crc, const void *data, size_t len)
 {
-    return __builtin_cpu_supports("sse4.2") ? by_instruction(crc, data, len) : soft_crc32c_table(crc, data, len);
+    return __builtin_cpu_supports("sse4.2") ? by_instruction(crc, data, len) : loop_crc32c_table(crc, data, len);
 }
 
 #else
 
-uint32_t soft_crc32c(uint32_t crc, const void *data, size_t len)
+uint32_t loop_crc32c(uint32_t crc, const void *data, size_t len)
 {
-    return soft_crc32c_table(crc, data, len);
+    return loop_crc32c_table(crc, data, len);
 }
 
 #endif

@@ -10,9 +10,10 @@
  * The signal is one that the program has not set up when the first device opens. Threads other than engines ignore it, should
  * somebody send it to them.
  */
-#include "soft.h"
+#include "engine.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <signal.h>
 #include <sys/syscall.h>
 #include <unistd.h>

@@ -1,30 +1,22 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The device's side of the demo: two kernels in C that run on the device and follow the program's own pointers, and the host
- * code that launches them.
+ * The device's side of the demo: two kernels in C that run on the device and follow the program's own pointers.
  *
  * The rules for a kernel (see hmm_kernel in hmm.h): it reaches process memory only through its accessor, with hmm_get() to
  * copy some out, hmm_put() to copy some in, or a span to work in place; it does not allocate, lock or do I/O. What it needs
  * for itself is on its stack and in its argument block, which is the device's own copy.
  *
+ * This folder is a shared object of its own (libhmm_demo.so), because a device whose engines are in another process loads
+ * kernels there, by file and name. So nothing here may refer to the command's functions or variables.
+ *
  * Counting kernels run one after the other, because two that add to one counter at a time could lose an addition.
  */
-#include <errno.h>
-#include <stdlib.h>
+#include "demo_kernels.h"
+
+#include <stdbool.h>
 #include <string.h>
 
-#include "demo.h"
-
 /* ---- kernel: walk the table ---------------------------------------------------------------------------------------- */
-
-struct walk_args {
-    struct word **buckets; /* process pointers, both */
-    struct census *census; /* goes from one launch to the next in process memory */
-    uint64_t first, last;  /* buckets of this launch */
-    uint64_t mask;
-    struct census sum; /* the kernel's own from here on */
-    struct word *heads[64];
-};
 
 static bool ranks_before(const struct rank *a, const struct rank *b)
 {
@@ -90,7 +82,7 @@ static void walk_chain(hmm_accessor *acc, struct walk_args *a, uint64_t bucket, 
     }
 }
 
-static uint64_t walk_kernel(hmm_accessor *acc, void *arg)
+HMM_KERNEL(demo_walk)
 {
     struct walk_args *a = arg;
     const uint64_t room = sizeof(a->heads) / sizeof(a->heads[0]);
@@ -109,29 +101,6 @@ static uint64_t walk_kernel(hmm_accessor *acc, void *arg)
 }
 
 /* ---- kernel: count the words of a piece of the text ----------------------------------------------------------------- */
-
-/* A few words come up again and again. The kernel adds them up here and goes to the table only now and then. */
-#define CACHE_BITS 10
-#define CACHE_SPELLING 19
-
-struct cached {
-    struct word *word; /* process pointer; NULL: free */
-    uint32_t pending;  /* occurrences not yet added in the table */
-    uint8_t length;
-    char spelling[CACHE_SPELLING];
-};
-
-struct count_args {
-    const char *text;
-    struct word **buckets;
-    uint64_t mask;
-    uint64_t length;      /* of the text */
-    uint64_t first, last; /* words that begin in [first, last) are counted */
-    uint32_t round;
-    uint64_t occurrences; /* the kernel's own from here on */
-    char buffer[16384];
-    struct cached cache[1 << CACHE_BITS];
-};
 
 /* Adds to the counter in the table, in place: the one store that the device makes to the program's memory. */
 static void add_to_word(hmm_accessor *acc, const struct count_args *a, struct word *word, uint64_t occurrences)
@@ -222,7 +191,7 @@ static void count_piece(hmm_accessor *acc, struct count_args *a)
         count_word(acc, a, &s);
 }
 
-static uint64_t count_kernel(hmm_accessor *acc, void *arg)
+HMM_KERNEL(demo_count)
 {
     struct count_args *a = arg;
 
@@ -231,122 +200,4 @@ static uint64_t count_kernel(hmm_accessor *acc, void *arg)
         if (a->cache[i].word)
             add_to_word(acc, a, a->cache[i].word, a->cache[i].pending);
     return a->occurrences;
-}
-
-/* ---- host: launch and wait ------------------------------------------------------------------------------------------ */
-
-/* Waits for a job and gives its result. Every error about a job comes out here, with the address if it is about one. */
-static int job_finish(hmm_fence *fence, const char *what, uint64_t *result)
-{
-    struct hmm_fence_info info = {.size = sizeof(info)};
-    int rc = hmm_fence_wait(fence, -1);
-
-    if (hmm_fence_info(fence, &info) == 0)
-        *result = info.result;
-    hmm_fence_put(fence);
-    if (rc < 0 && info.address) {
-        return output_error(DEMO_DIFFERS, "the device could not %s: %s (%s, at %p)", what, info.message, hmm_strerror(rc),
-                            (void *)info.address);
-    }
-    return rc < 0 ? output_error(DEMO_DIFFERS, "the device could not %s: %s (%s)", what, info.message, hmm_strerror(rc)) : 0;
-}
-
-static int job_refused(const char *what, int err)
-{
-    return output_error(DEMO_DIFFERS, "the device does not take the job to %s: %s (%s)", what, hmm_last_message(),
-                        hmm_strerror(err));
-}
-
-static int run_kernel(hmm_dev dev, hmm_kernel kernel, const void *arg, size_t arg_size, const char *what, uint64_t *result)
-{
-    struct hmm_launch launch = {.size = sizeof(launch), .kernel = kernel, .arg = arg, .arg_size = arg_size};
-    hmm_fence *fence;
-    int rc = hmm_job_launch(dev, &launch, &fence);
-
-    return rc < 0 ? job_refused(what, rc) : job_finish(fence, what, result);
-}
-
-#define BUCKETS_PER_LAUNCH ((uint64_t)1 << 16)
-
-int device_walk(hmm_dev dev, const struct table *table, struct census *census, struct progress *progress)
-{
-    uint64_t buckets = table->mask + 1, words;
-    struct walk_args args = {.buckets = table->buckets, .census = malloc(sizeof(*census)), .mask = table->mask};
-    int rc = 0;
-
-    if (!args.census)
-        return output_error(DEMO_BAD_INPUT, "no memory for the results; close other programs");
-    *args.census = (struct census){0};
-    while (args.first < buckets && rc == 0) {
-        args.last = buckets - args.first < BUCKETS_PER_LAUNCH ? buckets : args.first + BUCKETS_PER_LAUNCH;
-        rc = run_kernel(dev, walk_kernel, &args, sizeof(args), "walk the table", &words);
-        args.first = args.last;
-        progress_update(progress, args.first);
-    }
-    *census = *args.census; /* the device wrote it; reading it brings its page home */
-    free(args.census);
-    return rc;
-}
-
-int device_count(hmm_dev dev, const char *text, uint64_t length, const struct table *table, int round, double seconds,
-                 uint64_t *done, uint64_t *occurrences, struct progress *progress)
-{
-    static struct count_args args; /* too big for a stack, and never written but for these: */
-    double until = demo_now() + seconds;
-    uint64_t counted;
-
-    args.text = text;
-    args.buckets = table->buckets;
-    args.mask = table->mask;
-    args.length = length;
-    args.round = (uint32_t)round;
-    *done = 0;
-    *occurrences = 0;
-    while (*done < length && (*done == 0 || demo_now() < until)) {
-        args.first = *done;
-        args.last = length - *done < PIECE_BYTES ? length : *done + PIECE_BYTES;
-        int rc = run_kernel(dev, count_kernel, &args, sizeof(args), "count the words", &counted);
-
-        if (rc)
-            return rc;
-        *occurrences += counted;
-        *done = args.last;
-        progress_update(progress, *done);
-    }
-    return 0;
-}
-
-/* Checksums need no kernel of ours: the device has an operation for it. A few pieces are under way at a time. */
-#define IN_FLIGHT 4
-
-int device_checksums(hmm_dev dev, const char *text, uint64_t length, uint32_t *crc, struct progress *progress)
-{
-    hmm_fence *fences[IN_FLIGHT];
-    uint64_t pieces = (length + PIECE_BYTES - 1) / PIECE_BYTES, asked = 0, answered = 0, result;
-    int status = 0;
-
-    while (answered < pieces) {
-        while (status == 0 && asked < pieces && asked < answered + IN_FLIGHT) {
-            uint64_t at = asked * PIECE_BYTES;
-            int rc = hmm_job_crc32c(dev, text + at, length - at < PIECE_BYTES ? length - at : PIECE_BYTES,
-                                    &fences[asked % IN_FLIGHT]);
-
-            if (rc < 0) {
-                status = job_refused("checksum the text", rc);
-                break;
-            }
-            asked++;
-        }
-        if (answered == asked)
-            break; /* after an error, when nothing is under way any more */
-        int rc = job_finish(fences[answered % IN_FLIGHT], "checksum the text", &result);
-
-        if (rc)
-            status = rc;
-        else
-            crc[answered] = (uint32_t)result;
-        answered++;
-        progress_update(progress, answered * PIECE_BYTES);
-    }
-    return status;
 }
