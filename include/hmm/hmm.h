@@ -54,8 +54,9 @@ HMM_API void hmm_set_log(hmm_log_fn fn, void *arg);
 
 /* Settings of the manager. Zero means default. */
 struct hmm_config {
-    uint32_t size;          /* sizeof(struct hmm_config) */
-    uint32_t fault_workers; /* threads for CPU faults that must wait for a device; default 4, 1..64 */
+    uint32_t size; /* sizeof(struct hmm_config) */
+    uint32_t
+        fault_workers; /* threads for CPU faults that wait for copies, and as many that wait for devices; default 4, 1..64 */
     uint64_t staging_bytes; /* bound of system memory used in transit; default 32 MiB, 4 MiB..1 GiB, rounded to blocks */
     uint64_t seed;          /* of injection and policy; default from the clock, logged */
     const char *debug;      /* comma-separated: validate (audit after each migration call, violations
