@@ -58,14 +58,7 @@ static void folders_must_be_absolute(void **state)
 
 static void names_are_no_paths(void **state)
 {
-    static const char *const names[] = {"../"
-                                        "ram",
-                                        "a/b",
-                                        "ram.so",
-                                        "r m",
-                                        "",
-                                        "12345678901234567890123456789012",
-                                        "r\xc3\xa4m"};
+    static const char *const names[] = {"../ram", "a/b", "ram.so", "r m", "", "12345678901234567890123456789012", "r\xc3\xa4m"};
     (void)state;
     look_in(MODULES);
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
