@@ -160,7 +160,8 @@ static int empty_slot(struct slots *s, unsigned i, enum staging_kind kind, bool 
         return renew(slot, kind);
     }
     s->tables[i] |= !huge;
-    return os->advise(slot, OS_BLOCK_SIZE, OS_ADVISE_DONTNEED);
+    int r = os->advise(slot, OS_BLOCK_SIZE, OS_ADVISE_DONTNEED);
+    return r && !s->registered[i] ? renew(slot, kind) : r; /* locked, by mlockall() of the program: what is fresh is not */
 }
 
 void staging_put(struct mm *mm, enum staging_kind kind, void *slot, bool huge)
