@@ -104,15 +104,7 @@ static int one_kind(struct bench_env *env, enum bench_page page)
 
 static int run(struct bench_env *env)
 {
-    int failed = bench_open(env);
-
-    if (failed)
-        return failed;
-    for (enum bench_page page = BENCH_4K; page < BENCH_PAGES && !failed; page++) {
-        if (bench_page_available(env, page))
-            failed = one_kind(env, page);
-    }
-    return bench_close(env) || failed;
+    return bench_each_page(env, one_kind);
 }
 
 const struct bench bench_cpu_touch_sequential = {

@@ -42,6 +42,19 @@ int bench_close(struct bench_env *env)
     return err ? bench_fail(env, "the device cannot be closed: %s", hmm_last_message()) : 0;
 }
 
+int bench_each_page(struct bench_env *env, int (*one_kind)(struct bench_env *env, enum bench_page page))
+{
+    int failed = bench_open(env);
+
+    if (failed)
+        return failed;
+    for (enum bench_page page = BENCH_4K; page < BENCH_PAGES && !failed; page++) {
+        if (bench_page_available(env, page))
+            failed = one_kind(env, page);
+    }
+    return bench_close(env) || failed;
+}
+
 int bench_stats(struct bench_env *env, struct hmm_stats *stats)
 {
     stats->size = sizeof(*stats);

@@ -63,6 +63,8 @@ int bench_fail(const struct bench_env *env, const char *fmt, ...) __attribute__(
 /* All below return 0, or 1 after bench_fail(), where nothing else is said. */
 int bench_open(struct bench_env *env);
 int bench_close(struct bench_env *env);
+/* Opens the device, runs one_kind for each kind of page that this system gives, up to the first failure, and closes. */
+int bench_each_page(struct bench_env *env, int (*one_kind)(struct bench_env *env, enum bench_page page));
 int bench_stats(struct bench_env *env, struct hmm_stats *stats);
 
 /* ---- memory -------------------------------------------------------------------------------------------------------- */
