@@ -2,7 +2,7 @@
 /*
  * How jobs get at the memory of the program. Three kinds of device:
  *
- *   fault     The engine asks when it gets there, and gives each page back as soon as its span ends (table.c, engine/access.c).
+ *   fault     The engine asks when it gets there, and gives each page back as soon as its span ends (mirror.c, engine/access.c).
  *   resident  No faults. The ranges of a job are brought to the device before it starts, and held while it runs: who wants such a page
  *             waits until the job has ended, whatever for.
  *   register  A registration cache. The same, but what was found is kept for the next job over the same range, and holds references
@@ -45,10 +45,10 @@ struct request {
     struct registration *fresh; /* made for it, not published */
 };
 
-/* Whole pages, and not more than the page table has blocks for. False: nothing of it can be held. */
+/* Whole pages, and not more than the page table has directories for. False: nothing of it can be held. */
 static bool pages_of(const struct soft *s, const struct hmm_range *range, struct request *out)
 {
-    uintptr_t mask = hmm_page_size() - 1, most = (uintptr_t)s->table.max * SOFT_BLOCK;
+    uintptr_t mask = hmm_page_size() - 1, most = (uintptr_t)s->directories * SOFT_BLOCK;
     if (range->bytes == 0 || range->addr >= ADDRESS_MAX || range->bytes > ADDRESS_MAX - range->addr)
         return false;
     out->start = range->addr & ~mask;
@@ -68,7 +68,7 @@ static unsigned requests_of(const struct soft *s, const struct hmm_job *job, str
     return n;
 }
 
-/* ---- waiting; caller holds table.lock -------------------------------------------------------------------------------- */
+/* ---- waiting; caller holds model.lock -------------------------------------------------------------------------------- */
 
 /* False: nothing changed for so long. */
 static bool wait_change(struct soft *s, uint32_t ms)
@@ -81,7 +81,7 @@ static bool wait_change(struct soft *s, uint32_t ms)
         until.tv_sec++;
         until.tv_nsec -= 1000000000L;
     }
-    return pthread_cond_timedwait(&s->model.changed, &s->table.lock, &until) != ETIMEDOUT;
+    return pthread_cond_timedwait(&s->model.changed, &s->model.lock, &until) != ETIMEDOUT;
 }
 
 /* What another job holds already takes no more room. */
@@ -127,7 +127,7 @@ static void wait_for_room(struct port *p, const struct request *requests, unsign
 {
     struct soft *s = p->soft;
     struct hold *h = &p->hold;
-    pthread_mutex_lock(&s->table.lock);
+    pthread_mutex_lock(&s->model.lock);
     h->turn = ++s->model.turns;
     uint64_t room;
     while ((room = room_for(s, requests, n)) && !soft_port_was_asked(p) && (!is_first(s, h) || !fits_beside_others(s, room)))
@@ -135,16 +135,16 @@ static void wait_for_room(struct port *p, const struct request *requests, unsign
     h->turn = 0;
     h->reserved = room;
     pthread_cond_broadcast(&s->model.changed); /* the next one is first now */
-    pthread_mutex_unlock(&s->table.lock);
+    pthread_mutex_unlock(&s->model.lock);
 }
 
 /* ---- taking and leaving a hold ------------------------------------------------------------------------------------- */
 
 static bool is_found(struct soft *s, const struct request *q)
 {
-    pthread_mutex_lock(&s->table.lock);
+    pthread_mutex_lock(&s->model.lock);
     bool found = soft_registration_find(s, q->start, q->end);
-    pthread_mutex_unlock(&s->table.lock);
+    pthread_mutex_unlock(&s->model.lock);
     return found;
 }
 
@@ -173,7 +173,7 @@ static bool take(struct port *p, struct request *requests, unsigned n, bool last
     struct soft *s = p->soft;
     struct hold *h = &p->hold;
     bool all = true;
-    pthread_mutex_lock(&s->table.lock);
+    pthread_mutex_lock(&s->model.lock);
     for (unsigned i = 0; i < n && all && !last; i++)
         all = current_of(s, &requests[i]) != NULL;
     for (unsigned i = 0; i < n && all; i++) {
@@ -191,7 +191,7 @@ static bool take(struct port *p, struct request *requests, unsigned n, bool last
     }
     if (all)
         h->reserved = 0; /* what it holds counts from now on */
-    pthread_mutex_unlock(&s->table.lock);
+    pthread_mutex_unlock(&s->model.lock);
     return all;
 }
 
@@ -241,7 +241,7 @@ void soft_model_begin(struct port *p, const struct hmm_job *job)
     hold(p, requests, n);
 }
 
-/* Those that nobody uses and that are the oldest, down to the bounds. Caller holds table.lock. */
+/* Those that nobody uses and that are the oldest, down to the bounds. Caller holds model.lock. */
 static void trim_cache(struct soft *s, struct registration **list)
 {
     for (;;) {
@@ -256,7 +256,7 @@ static void trim_cache(struct soft *s, struct registration **list)
             if (!oldest || r->last_used < oldest->last_used)
                 oldest = r;
         }
-        if (unused <= CACHED_MAX && blocks <= s->table.max / 2)
+        if (unused <= CACHED_MAX && blocks <= s->directories / 2)
             return;
         soft_registration_unlink(s, oldest, list);
     }
@@ -269,7 +269,7 @@ void soft_model_end(struct port *p)
     struct registration *list = NULL;
     if (s->model.kind == MODEL_FAULT)
         return;
-    pthread_mutex_lock(&s->table.lock);
+    pthread_mutex_lock(&s->model.lock);
     for (unsigned i = 0; i < h->n; i++) {
         struct registration *r = h->registrations[i];
         if (!r)
@@ -282,30 +282,31 @@ void soft_model_end(struct port *p)
     h->reserved = h->awaited_since = 0;
     trim_cache(s, &list);
     pthread_cond_broadcast(&s->model.changed);
-    pthread_mutex_unlock(&s->table.lock);
+    pthread_mutex_unlock(&s->model.lock);
     soft_registrations_free(s, list);
 }
 
-int soft_model_resolve(struct port *p, uintptr_t addr, bool write, struct extent *x)
+int soft_model_resolve(struct port *p, uintptr_t addr, bool write, struct hmm_mirror_run *run)
 {
     struct soft *s = p->soft;
     if (s->model.kind == MODEL_FAULT)
-        return soft_table_resolve(p, addr, write, x);
+        return hmm_mirror_resolve(s->mirror, addr, write ? HMM_FAULT_WRITE : HMM_FAULT_READ, run);
     bool found = false;
-    pthread_mutex_lock(&s->table.lock);
+    pthread_mutex_lock(&s->model.lock);
     for (unsigned i = 0; i < p->hold.n && !found; i++)
-        found = p->hold.registrations[i] && soft_registration_resolve(p->hold.registrations[i], addr, write, x);
-    pthread_mutex_unlock(&s->table.lock);
+        found = p->hold.registrations[i] && soft_registration_resolve(p->hold.registrations[i], addr, write, run);
+    pthread_mutex_unlock(&s->model.lock);
     return found ? 0 : 1;
 }
 
 /* ---- invalidation ------------------------------------------------------------------------------------------------ */
 
 /* Unused registrations of these pages go to the list, others are not found any more. True: jobs that run are to be waited for.
- * Caller holds table.lock. */
+ * Caller holds model.lock. */
 static bool settle(struct soft *s, const struct hmm_event *event, struct registration **list)
 {
-    bool orphans = s->model.kind == MODEL_REGISTER && event->type != HMM_EVENT_MIGRATE, wait = false;
+    bool orphans = s->model.kind == MODEL_REGISTER && (event->type == HMM_EVENT_UNMAP || event->type == HMM_EVENT_CLEAR);
+    bool wait = false;
     for (struct registration *r = s->model.first, *next; r; r = next) {
         next = r->next;
         if (!soft_registration_covers(r, event->start, event->end))
@@ -334,7 +335,7 @@ struct due {
     uint32_t generation, deadline_ms;
 };
 
-/* Kernels that were waited for as long as they may run on. Returns how long to wait for the others. Caller holds table.lock. */
+/* Kernels that were waited for as long as they may run on. Returns how long to wait for the others. Caller holds model.lock. */
 static uint32_t look_at_deadlines(struct soft *s, const struct hmm_event *event, struct due *due, unsigned *n)
 {
     uint64_t now = soft_now_ms();
@@ -371,8 +372,8 @@ int soft_model_invalidate(struct soft *s, const struct hmm_event *event)
     struct registration *list = NULL;
     int r = 0;
     if (event->blockable)
-        pthread_mutex_lock(&s->table.lock);
-    else if (pthread_mutex_trylock(&s->table.lock))
+        pthread_mutex_lock(&s->model.lock);
+    else if (pthread_mutex_trylock(&s->model.lock))
         return -EAGAIN;
     while (settle(s, event, &list)) {
         struct due due[SOFT_ENGINES_MAX];
@@ -382,17 +383,17 @@ int soft_model_invalidate(struct soft *s, const struct hmm_event *event)
             break;
         uint32_t ms = look_at_deadlines(s, event, due, &n);
         if (n) {
-            pthread_mutex_unlock(&s->table.lock);
+            pthread_mutex_unlock(&s->model.lock);
             end_jobs(due, n);
-            pthread_mutex_lock(&s->table.lock);
+            pthread_mutex_lock(&s->model.lock);
         }
         if (!wait_change(s, ms) && s->link) {
-            pthread_mutex_unlock(&s->table.lock);
+            pthread_mutex_unlock(&s->model.lock);
             soft_link_probe(s->link); /* operations have no deadline: they end by themselves, or with their process */
-            pthread_mutex_lock(&s->table.lock);
+            pthread_mutex_lock(&s->model.lock);
         }
     }
-    pthread_mutex_unlock(&s->table.lock);
+    pthread_mutex_unlock(&s->model.lock);
     soft_registrations_free(s, list);
     return r;
 }
@@ -403,6 +404,7 @@ void soft_model_init(struct soft *s, enum model_kind kind)
 {
     pthread_condattr_t attr;
     s->model.kind = kind;
+    pthread_mutex_init(&s->model.lock, NULL);
     pthread_condattr_init(&attr);
     pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
     pthread_cond_init(&s->model.changed, &attr);
@@ -411,10 +413,10 @@ void soft_model_init(struct soft *s, enum model_kind kind)
 
 void soft_model_stop(struct soft *s)
 {
-    pthread_mutex_lock(&s->table.lock);
+    pthread_mutex_lock(&s->model.lock);
     struct registration *list = s->model.first;
     s->model.first = NULL;
-    pthread_mutex_unlock(&s->table.lock);
+    pthread_mutex_unlock(&s->model.lock);
     soft_registrations_free(s, list);
     if (s->model.kind == MODEL_REGISTER)
         hmm_log(HMM_LOG_DEBUG, "soft: %llu registrations were made, and used again %llu times",
@@ -424,4 +426,5 @@ void soft_model_stop(struct soft *s)
 void soft_model_exit(struct soft *s)
 {
     pthread_cond_destroy(&s->model.changed);
+    pthread_mutex_destroy(&s->model.lock);
 }

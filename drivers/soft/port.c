@@ -18,29 +18,29 @@ static const uint32_t unchanging = 0;
 static int resolve(struct engine *e, uintptr_t addr, bool write, struct translation *t)
 {
     struct port *p = e->owner;
-    struct extent x;
-    int r = soft_model_resolve(p, addr, write, &x);
-    if (r == 0 && x.held)
+    struct hmm_mirror_run run;
+    int r = soft_model_resolve(p, addr, write, &run);
+    if (r == 0 && !run.seq)
         *t = (struct translation){
-            .start = x.start,
-            .end = x.end,
-            .at = soft_world_memory(e->world, x.page),
+            .start = run.start,
+            .end = run.end,
+            .at = soft_world_memory(e->world, run.page),
             .seq = &e->run, /* moves when the job ends */
             .seq_seen = __atomic_load_n(&e->run, __ATOMIC_RELAXED),
             .generation = &unchanging,
-            .write = x.write,
+            .write = run.flags & HMM_MIRROR_WRITE,
         };
     else if (r == 0)
         *t = (struct translation){
-            .start = x.start,
-            .end = x.end,
-            .at = soft_world_memory(e->world, x.page),
-            .seq = &x.block->notifier.seq,
-            .seq_seen = x.seq,
-            .generation = &x.block->generation,
-            .generation_seen = x.generation,
+            .start = run.start,
+            .end = run.end,
+            .at = soft_world_memory(e->world, run.page),
+            .seq = run.seq,
+            .seq_seen = run.seq_seen,
+            .generation = run.generation,
+            .generation_seen = run.generation_seen,
             .gate_mask = 1,
-            .write = x.write,
+            .write = run.flags & HMM_MIRROR_WRITE,
         };
     return r;
 }
@@ -261,17 +261,11 @@ void soft_ports_stop(struct soft *s)
 
 /* ---- life -------------------------------------------------------------------------------------------------------- */
 
-static size_t pfns_bytes(void)
-{
-    return SOFT_BLOCK / hmm_page_size() * sizeof(uint64_t);
-}
-
 static void port_free(struct port *p)
 {
     if (p->engine)
         soft_engine_free(p->engine);
     pthread_cond_destroy(&p->work);
-    hmm_mem_free(p->pfns, pfns_bytes());
     hmm_mem_free(p, sizeof(*p));
 }
 
@@ -283,9 +277,8 @@ static struct port *port_new(struct soft *s)
     pthread_cond_init(&p->work, NULL);
     p->soft = s;
     p->index = s->nports;
-    p->pfns = hmm_mem_alloc(pfns_bytes());
     p->engine = s->link ? NULL : soft_engine_new(&s->world, p);
-    if (!p->pfns || (!p->engine && !s->link)) {
+    if (!p->engine && !s->link) {
         port_free(p);
         return NULL;
     }

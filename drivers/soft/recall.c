@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Invalidations, as messages to the engine process: process/control.c says why they work. Each has a slot of the channel from its
- * beginning to its acknowledgement. Any library thread; no lock is held while it waits, but table.structure by who gives a block up,
- * which no answer depends on.
+ * beginning to its acknowledgement. Any library thread; no lock is held while it waits.
  */
 #include "link.h"
 

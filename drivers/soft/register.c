@@ -3,7 +3,7 @@
  * Registrations: where the pages of a range are on the device, read once and then used without asking. What makes that right is who
  * holds them: see model.c.
  *
- * A registration keeps the notifiers of all its blocks, by using the blocks of the page table. It is current while the sequence number
+ * A registration keeps the notifiers of all its blocks, by keeping directories of the mirror. It is current while the sequence number
  * of each is the one at which its pages were read: as the entries of the page table are, but for a whole range at once, so that a range
  * is either known as it was at one moment, or not at all.
  *
@@ -39,7 +39,7 @@ struct registration *soft_registration_new(struct soft *s, uintptr_t start, uint
     r->bytes = bytes;
     r->blocks = (struct registered_block *)(r->pages + pages);
     for (unsigned i = 0; i < count_blocks(r); i++)
-        r->blocks[i].block = soft_table_get(s, (start & ~(SOFT_BLOCK - 1)) + i * SOFT_BLOCK);
+        hmm_mirror_dir_get(s->mirror, (start & ~(SOFT_BLOCK - 1)) + i * SOFT_BLOCK, &r->blocks[i].dir);
     return r;
 }
 
@@ -63,8 +63,8 @@ static struct part part_of(const struct soft *s, struct registration *r, unsigne
 /* Waits while an invalidation of the block is in progress. */
 static void read_block(struct soft *s, struct registered_block *b, const struct part *part)
 {
-    b->seq = hmm_notifier_read_begin(&b->block->notifier);
-    if (hmm_range_snapshot(s->dev, part->start, part->end, part->pages))
+    b->seq = 0;
+    if (hmm_mirror_dir_read(b->dir, part->start, part->end, part->pages, &b->seq))
         memset(part->pages, 0, (part->end - part->start) / page_bytes(s) * sizeof(*part->pages));
 }
 
@@ -96,7 +96,7 @@ static uint64_t count_pages(const struct soft *s, const struct part *part)
 
 static bool block_is_current(const struct registered_block *b)
 {
-    return !b->block || (b->seq && b->seq == hmm_notifier_seq(&b->block->notifier));
+    return !b->dir || (b->seq && b->seq == hmm_mirror_dir_seq(b->dir));
 }
 
 void soft_registration_fill(struct port *p, struct registration *r, uint64_t *budget)
@@ -123,7 +123,7 @@ bool soft_registration_is_current(const struct registration *r)
     return !r->stale;
 }
 
-/* ---- the list of those that are published; caller holds table.lock -------------------------------------------------- */
+/* ---- the list of those that are published; caller holds model.lock -------------------------------------------------- */
 
 struct registration *soft_registration_find(struct soft *s, uintptr_t start, uintptr_t end)
 {
@@ -173,13 +173,13 @@ void soft_registrations_free(struct soft *s, struct registration *list)
         if (r->referenced)
             each_run(s, r, hmm_page_put);
         for (unsigned i = 0; i < count_blocks(r); i++)
-            if (r->blocks[i].block)
-                soft_table_put(s, r->blocks[i].block);
+            if (r->blocks[i].dir)
+                hmm_mirror_dir_put(r->blocks[i].dir);
         hmm_mem_free(r, r->bytes);
     }
 }
 
-/* ---- pages of one; caller holds table.lock ------------------------------------------------------------------------- */
+/* ---- pages of one; caller holds model.lock ------------------------------------------------------------------------- */
 
 /* The indices of [start, end) in r. */
 static void clip(const struct registration *r, uintptr_t start, uintptr_t end, size_t *first, size_t *last)
@@ -216,7 +216,7 @@ static bool together(const struct registration *r, size_t i, size_t k)
     return r->pages[k] && (r->pages[k] & ~PFN_CUT) - (r->pages[i] & ~PFN_CUT) == k - i;
 }
 
-bool soft_registration_resolve(const struct registration *r, uintptr_t addr, bool write, struct extent *x)
+bool soft_registration_resolve(const struct registration *r, uintptr_t addr, bool write, struct hmm_mirror_run *run)
 {
     size_t page = hmm_page_size(), first, last;
     uintptr_t base = addr & ~(SOFT_BLOCK - 1);
@@ -230,12 +230,11 @@ bool soft_registration_resolve(const struct registration *r, uintptr_t addr, boo
         low--;
     while (high < last && together(r, i, high))
         high++;
-    *x = (struct extent){
+    *run = (struct hmm_mirror_run){
         .start = r->start + low * page,
         .end = r->start + high * page,
         .page = r->pages[low] & HMM_PFN_MASK,
-        .write = r->pages[i] & HMM_PFN_WRITE,
-        .held = true,
+        .flags = r->pages[i] & HMM_PFN_WRITE,
     };
     return true;
 }

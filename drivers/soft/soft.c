@@ -115,13 +115,13 @@ static int soft_open(struct hmm_device *dev, const union hmm_option_value *value
         r = make_memory(s, values);
     if (r)
         goto free_device;
-    r = soft_table_init(s);
+    r = soft_mirror_init(s);
     if (r)
         goto drop_memory;
     soft_model_init(s, (enum model_kind)values[OPTION_MODEL].number);
     r = soft_copy_init(s, (unsigned)values[OPTION_COPIES].number);
     if (r)
-        goto free_table;
+        goto free_mirror;
     r = soft_ports_init(s, (unsigned)values[OPTION_ENGINES].number);
     if (r)
         goto stop_copies;
@@ -140,9 +140,9 @@ stop_engines:
     soft_ports_exit(s);
 stop_copies:
     soft_copy_exit(s);
-free_table:
+free_mirror:
+    soft_mirror_exit(s);
     soft_model_exit(s);
-    soft_table_exit(s);
 drop_memory:
     free_memory(s);
 free_device:
@@ -157,12 +157,12 @@ static void soft_stop(void *priv)
     soft_model_stop(priv);
 }
 
-/* Engines use the table, and invalidations, which end with the table, look at the engines. */
+/* Engines use the mirror, and invalidations, which end with the mirror, look at the engines. */
 static void soft_close(void *priv)
 {
     struct soft *s = priv;
     soft_ports_join(s);
-    soft_table_exit(s);
+    soft_mirror_exit(s);
     soft_model_exit(s);
     soft_ports_exit(s);
     soft_copy_exit(s);

@@ -11,7 +11,7 @@
  *   stream.c    copying large pieces past the caches
  *   queue.c     the jobs that core handed over
  *   port.c      one thread per engine: takes jobs, runs them, completes them
- *   table.c     the page table: blocks with a notifier each, faults, invalidation
+ *   mirror.c    the page table, which core keeps: invalidation, faults
  *   link.h      the engines' own process (soft:isolated); NULL: they run on the ports' threads
  *   model.c     how jobs get at memory: by faults, or by ranges that are held while they run
  *   register.c  registrations: ranges whose pages jobs hold
@@ -19,11 +19,9 @@
  *
  * The device's own side, wherever it runs, is engine/.
  *
- * Locks, outermost first; none is held across a call into core but `structure`:
+ * Locks; none is held across a call into core but of hmm_mirror_dir_seq(), hmm_page_get() and _put(), and none under another but as said:
  *
- *   table.structure   which blocks exist; held across hmm_notifier_insert() and hmm_notifier_remove(), so the callback
- *                     does not take it
- *     table.lock      entries of all blocks, hash chains; registrations and who holds them; what the invalidate callback takes
+ *   model.lock        registrations, and who holds them; what the invalidate callback takes (models without faults)
  *   queue.lock        queued jobs, and which port runs what
  *   copy.lock         queued copies
  *   link.lock         until when the link is taken
@@ -126,67 +124,14 @@ void soft_copy_exit(struct soft *s);
 int soft_copy(void *priv, enum hmm_dma_kind kind, const struct hmm_dma *v, unsigned n, hmm_fence *fence);
 int soft_clear(void *priv, const struct hmm_dma *v, unsigned n, hmm_fence *fence);
 
-/* ---- table.c ----------------------------------------------------------------------------------------------------- */
+/* ---- mirror.c ---------------------------------------------------------------------------------------------------- */
 
-/* Entry: device page + 1, and the write bit; 0: not present. */
-typedef uint32_t pte_t;
-#define PTE_WRITE (1u << 31)
+_Static_assert(SOFT_BLOCK == HMM_MIRROR_DIR, "what a translation covers at most is a directory");
 
-#define BLOCK_NONE ((uintptr_t)1) /* 0 is the address of a block, too */
-
-/* The page table of one 2 MiB block. Allocated once and used again for other blocks, never freed before the device closes, so
- * that a TLB entry may point to it for ever and `generation` says whether it is still the same block. */
-struct block {
-    struct hmm_notifier notifier;
-    struct soft *soft;
-    struct block *next;  /* hash chain or free list; table.lock */
-    uintptr_t base;      /* BLOCK_NONE: free; table.lock */
-    uint64_t filled;     /* sequence number at which the entries were read; table.lock */
-    uint32_t generation; /* atomic: moves when the block is given up */
-    uint64_t exports;    /* counts translations given to the engine process; table.lock */
-    uint64_t quiet;      /* of these, the first so many are forgotten there; table.lock */
-    uint32_t users;      /* engines that fill it; table.lock */
-    uint32_t mapped;     /* entries present; table.lock */
-    bool current;        /* filled is meaningful; table.lock */
-    bool recent;         /* second chance; table.lock */
-    pte_t pte[];
-};
-
-struct table {
-    pthread_mutex_t structure, lock;
-    struct block **hash; /* table.lock */
-    size_t hash_bytes;
-    unsigned hash_bits;
-    struct block **all; /* every block ever made: [0, made); table.structure */
-    size_t all_bytes;
-    unsigned made, max, hand;
-    struct block *unused; /* table.structure */
-    unsigned block_pages;
-};
-
-/* A run of pages that lie together on the device, as the page table knows it. */
-struct extent {
-    uintptr_t start, end;
-    uint64_t page;       /* on the device, of start */
-    struct block *block; /* NULL: held; seq and generation mean nothing */
-    uint64_t seq;
-    uint32_t generation;
-    uint32_t gate; /* event gate from before it was read */
-    bool write;
-    bool held; /* valid until the job of the port ends, whatever happens to the addresses */
-};
-
-int soft_table_init(struct soft *s);
-/* Removes every notifier. No engine runs. */
-void soft_table_exit(struct soft *s);
-
-/* The slow path of a translation: walk, fill, fault. 0: *x holds; 1: the page stays in system memory, use the bus; else the
- * error. The engine of the port holds no span. Blocks. */
-int soft_table_resolve(struct port *p, uintptr_t addr, bool write, struct extent *x);
-
-/* The block of base, with its notifier in place until it is put; NULL: there is none to spare. */
-struct block *soft_table_get(struct soft *s, uintptr_t base);
-void soft_table_put(struct soft *s, struct block *b);
+/* Message set on failure. */
+int soft_mirror_init(struct soft *s);
+/* No engine runs, no job holds anything. */
+void soft_mirror_exit(struct soft *s);
 
 /* ---- register.c -------------------------------------------------------------------------------------------------- */
 
@@ -194,17 +139,17 @@ void soft_table_put(struct soft *s, struct block *b);
 #define PFN_CUT (1ull << 61)
 
 struct registered_block {
-    struct block *block; /* used: so its notifier stays. NULL: none was to be had, and no page of it is registered */
-    uint64_t seq;        /* at which its pages were read */
+    struct hmm_mirror_dir *dir; /* kept: so its notifier stays. NULL: none was to be had, and no page of it is registered */
+    uint64_t seq;               /* at which its pages were read */
 };
 
 /* Where the pages of a range are, for as long as somebody holds it. */
 struct registration {
-    struct registration *next; /* of all, or of those to be freed; table.lock */
+    struct registration *next; /* of all, or of those to be freed; model.lock */
     uintptr_t start, end;
-    unsigned users;     /* jobs that run; table.lock */
-    bool stale;         /* no job finds it any more; table.lock */
-    uint64_t last_used; /* table.lock */
+    unsigned users;     /* jobs that run; model.lock */
+    bool stale;         /* no job finds it any more; model.lock */
+    uint64_t last_used; /* model.lock */
     bool referenced;    /* it has a reference to each of them */
     size_t bytes;       /* of this structure */
     struct registered_block *blocks;
@@ -216,22 +161,22 @@ struct registration *soft_registration_new(struct soft *s, uintptr_t start, uint
 /* Brings the pages of r to the device, at most *budget of them, which falls by those that are there, and notes where they are. Blocks,
  * and holds no page. */
 void soft_registration_fill(struct port *p, struct registration *r, uint64_t *budget);
-/* What it notes is still so. Caller holds table.lock. */
+/* What it notes is still so. Caller holds model.lock. */
 bool soft_registration_is_current(const struct registration *r);
-/* One of these addresses that is current; NULL. Caller holds table.lock. */
+/* One of these addresses that is current; NULL. Caller holds model.lock. */
 struct registration *soft_registration_find(struct soft *s, uintptr_t start, uintptr_t end);
-/* Makes it one that is found, and takes a reference to each page if asked. It is current. Caller holds table.lock. */
+/* Makes it one that is found, and takes a reference to each page if asked. It is current. Caller holds model.lock. */
 void soft_registration_publish(struct soft *s, struct registration *r, bool reference);
-/* Takes it out and puts it on a list. Caller holds table.lock. */
+/* Takes it out and puts it on a list. Caller holds model.lock. */
 void soft_registration_unlink(struct soft *s, struct registration *r, struct registration **list);
 /* Drops references and frees everything on the list. No locks. */
 void soft_registrations_free(struct soft *s, struct registration *list);
-/* Some page of [start, end) is registered, and the address still its own. Caller holds table.lock. */
+/* Some page of [start, end) is registered, and the address still its own. Caller holds model.lock. */
 bool soft_registration_covers(const struct registration *r, uintptr_t start, uintptr_t end);
-/* The addresses are not those of the pages any more. Caller holds table.lock. */
+/* The addresses are not those of the pages any more. Caller holds model.lock. */
 void soft_registration_cut(struct registration *r, uintptr_t start, uintptr_t end);
-/* The run of pages around addr, within its block of 2 MiB. False: addr is not registered (for that). Caller holds table.lock. */
-bool soft_registration_resolve(const struct registration *r, uintptr_t addr, bool write, struct extent *x);
+/* The run of pages around addr, within its block of 2 MiB. False: addr is not registered (for that). Caller holds model.lock. */
+bool soft_registration_resolve(const struct registration *r, uintptr_t addr, bool write, struct hmm_mirror_run *run);
 
 /* ---- model.c ----------------------------------------------------------------------------------------------------- */
 
@@ -242,14 +187,15 @@ enum model_kind { MODEL_FAULT, MODEL_RESIDENT, MODEL_REGISTER };
 
 struct model {
     enum model_kind kind;
-    pthread_cond_t changed;     /* a job ended; with table.lock */
-    struct registration *first; /* all that are published; table.lock */
-    uint64_t clock;             /* for last_used; table.lock */
-    uint64_t turns;             /* handed out to jobs that wait for room; table.lock */
-    uint64_t made, used_again;  /* registrations; table.lock */
+    pthread_mutex_t lock;
+    pthread_cond_t changed;     /* a job ended; with model.lock */
+    struct registration *first; /* all that are published; model.lock */
+    uint64_t clock;             /* for last_used; model.lock */
+    uint64_t turns;             /* handed out to jobs that wait for room; model.lock */
+    uint64_t made, used_again;  /* registrations; model.lock */
 };
 
-/* What the job of a port holds. table.lock, but for what its own thread reads. */
+/* What the job of a port holds. model.lock, but for what its own thread reads. */
 struct hold {
     struct registration *registrations[HOLD_MAX]; /* some may be NULL */
     unsigned n;
@@ -267,8 +213,9 @@ void soft_model_exit(struct soft *s);
 /* A job is about to run on the port, or has ended. begin() blocks, and holds nothing while it does. */
 void soft_model_begin(struct port *p, const struct hmm_job *job);
 void soft_model_end(struct port *p);
-/* soft_table_resolve() for the model. */
-int soft_model_resolve(struct port *p, uintptr_t addr, bool write, struct extent *x);
+/* The slow path of a translation, as hmm_mirror_resolve(). The engine of the port holds no span. Blocks. A run without seq is valid until
+ * the job of the port ends, whatever happens to the addresses. */
+int soft_model_resolve(struct port *p, uintptr_t addr, bool write, struct hmm_mirror_run *run);
 /* What is to be done about pages that jobs hold, by the invalidate callback. 0 or -EAGAIN. */
 int soft_model_invalidate(struct soft *s, const struct hmm_event *event);
 
@@ -289,8 +236,7 @@ struct port {
     struct {
         int status;
         char message[160];
-    } asked;        /* what cancel() wants the job to end with; status 0: nothing; queue.lock */
-    uint64_t *pfns; /* of one block, for table.c */
+    } asked; /* what cancel() wants the job to end with; status 0: nothing; queue.lock */
     struct {
         uint32_t count; /* of turns */
         struct patience patience;
@@ -323,7 +269,7 @@ int64_t soft_port_bus_read(struct port *p, uintptr_t addr, void *buf, size_t len
 int64_t soft_port_bus_write(struct port *p, uintptr_t addr, const void *buf, size_t len);
 /* Ends the port's job of this generation, if it still runs, with this status and message. To be repeated until it has ended. */
 void soft_port_end_job(struct port *p, uint32_t generation, int status, const char *message);
-/* The port's job was asked to end. Takes no lock: the caller may hold table.lock. */
+/* The port's job was asked to end. Takes no lock: the caller may hold model.lock. */
 bool soft_port_was_asked(struct port *p);
 int soft_submit(void *priv, struct hmm_job *job);
 void soft_cancel(void *priv, struct hmm_job *job, int status, const char *message);
@@ -365,7 +311,9 @@ struct soft {
     struct memory memory;
     struct copy_queue copies;
     struct bus bus;
-    struct table table;
+    struct hmm_mirror *mirror;
+    unsigned directories; /* at most, of the mirror */
+    bool closing;         /* its mirror is being unregistered */
     struct model model;
     struct job_queue queue;
     struct link *link;  /* NULL: the engines run in this process */

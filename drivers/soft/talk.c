@@ -75,17 +75,17 @@ static void speak(struct port *p, enum said_kind kind)
 static int64_t answer_fault(struct port *p, const struct from_engine *said)
 {
     struct from_program *answer = &channel_of(p)->program;
-    struct extent x;
+    struct hmm_mirror_run run;
     if (__atomic_load_n(p->soft->world.gate, __ATOMIC_SEQ_CST) & 1)
         hmm_event_sync(p->soft->dev); /* else the answer would be old at once */
-    int r = said->addr >= ADDRESS_MAX ? -EFAULT : soft_model_resolve(p, said->addr, said->write != 0, &x);
+    int r = said->addr >= ADDRESS_MAX ? -EFAULT : soft_model_resolve(p, said->addr, said->write != 0, &run);
     if (r == 0) {
-        answer->start = x.start;
-        answer->end = x.end;
-        answer->page = x.page;
-        answer->write = x.write;
-        answer->gate = x.gate;
-        answer->held = x.held;
+        answer->start = run.start;
+        answer->end = run.end;
+        answer->page = run.page;
+        answer->write = run.flags & HMM_MIRROR_WRITE ? 1 : 0;
+        answer->gate = run.gate;
+        answer->held = run.seq == NULL;
     }
     return r;
 }

@@ -87,7 +87,7 @@ static int ram_clear(void *priv, const struct hmm_dma *v, unsigned n, hmm_fence 
 
 /*
  * The bus reaches process memory wherever it is, page by page if need be: pages that are on a device come home first. A device with
- * a page table would ask hmm_range_snapshot() where pages are, bring them with hmm_device_fault(), and keep a notifier over what it
+ * a page table would ask hmm_range_fault() where pages are, bring them with hmm_device_fault(), and keep a notifier over what it
  * has translated: see docs/drivers.md.
  */
 static void run_fill(struct ram *r, const struct hmm_op_fill *op, struct hmm_job_status *status)

@@ -23,6 +23,12 @@ extern "C" {
 struct hmm_device;   /* core's object for an open device */
 struct hmm_notifier; /* below */
 
+/*
+ * The device behind a handle, for a program that uses this interface beside the driver: with a mirror of its own, to measure, to test. NULL
+ * with a message: not open. Valid until hmm_device_close(), before which everything that was made with it has to be undone.
+ */
+HMM_API struct hmm_device *hmm_device_of(hmm_dev handle);
+
 /* ---- memory, threads, messages for drivers ----------------------------------------------------------------------- */
 
 /* Zeroed memory from the library's own mappings (never managed, not inherited by fork). NULL when there is none. Does not
@@ -187,7 +193,7 @@ struct hmm_driver {
      * hmm_pagemap_add(). On failure it has undone everything itself; hmm_fail() names the reason. */
     int (*open)(struct hmm_device *dev, const union hmm_option_value *values, void **priv);
 
-    /* Program context, signals blocked. First step of closing: refuse new jobs, complete those that it has with -ECANCELED (or their
+    /* A library thread. First step of closing: refuse new jobs, complete those that it has with -ECANCELED (or their
      * result if they finish). On return no job is left; copy, clear and invalidate still work. */
     void (*stop)(void *priv);
 
@@ -232,10 +238,18 @@ HMM_API int hmm_driver_find(const char *spec, const struct hmm_driver **driver, 
 
 /* ---- notifiers (kernel: struct mmu_interval_notifier) ------------------------------------------------------------ */
 
+/* What happens to the pages of an interval (kernel: enum mmu_notifier_event). */
 enum hmm_event_type {
-    HMM_EVENT_UNMAP,   /* munmap, mremap away, mapped over */
-    HMM_EVENT_CLEAR,   /* MADV_DONTNEED / FREE: contents dropped */
-    HMM_EVENT_MIGRATE, /* pages change place; owner is the device that they go to or NULL */
+    HMM_EVENT_UNMAP, /* munmap, the old address of mremap, mapped over. By the wrapper, and by the kernel's event */
+    HMM_EVENT_CLEAR, /* MADV_DONTNEED, FREE, REMOVE: contents dropped. By the wrapper, and by the kernel's event */
+    HMM_EVENT_MIGRATE, /* pages change place, or may have: by migration, eviction and faults; by core where memory is registered anew.
+                        * owner is the device that they go to or NULL */
+    HMM_EVENT_PROTECTION_VMA,  /* mprotect: by the wrapper only, the kernel tells of none. Rights are to be asked for anew */
+    HMM_EVENT_PROTECTION_PAGE, /* fork: while the child's copy is taken no device may write. By core */
+    HMM_EVENT_SOFT_DIRTY, /* which pages a mirror has written is being collected: only that mirror's intervals, which must ask for
+                           * the right to write again. By core */
+    HMM_EVENT_RELEASE, /* the address space ends: exit, exec. Everything; by the wrapper. Stop all activity. A failed exec ends it,
+                           * and the device may come back */
 };
 
 struct hmm_event {
@@ -248,40 +262,51 @@ struct hmm_event {
 
 struct hmm_notifier_ops {
     /*
-     * Empties the device page table in [start, end) and returns when the device can no longer touch those pages. Any library
-     * thread, no core lock held, under THE RULE. blockable: may wait for engines; else must return at once, -EAGAIN when it
-     * would have to wait (nothing need be undone: a blockable call follows). brief: may block for locks and for messages, but not
-     * until a kernel or a job lets go of the pages: -EAGAIN then. Any other non-zero return is reported with the
-     * callback's name and ignored. May run concurrently with itself.
+     * Empties the device page table in [start, end) and returns when the device can no longer touch those pages (all types: whoever
+     * does not look at the type is right). Any library thread, or the thread of the program that makes the call; no core lock held,
+     * under THE RULE. blockable: may wait for engines; else must return at once, -EAGAIN when it would have to wait (nothing need be
+     * undone: a blockable call follows). brief: may block for locks and for messages, but not until a kernel or a job lets go of
+     * the pages: -EAGAIN then. Any other non-zero return is reported with the callback's name and ignored. May run concurrently
+     * with itself. One that does not return holds up whoever changes the memory, and is named in the log by who waits for it.
      */
     int (*invalidate)(struct hmm_notifier *n, const struct hmm_event *event);
+    const char *name; /* of the callback, for messages; constant. NULL: its address alone is named */
 };
 
-/* Embedded in a driver's structure. Fields belong to core. */
+/* Embedded in a driver's structure. Fields belong to core; what they hold before the first insertion does not matter. */
 struct hmm_notifier {
     struct hmm_notifier *link[3]; /* interval tree */
-    uintptr_t max_end;
+    uintptr_t max_end, left_end;
     uintptr_t start, end;
     uint64_t seq;   /* see hmm_notifier_seq() */
     uint64_t born;  /* number of its insertion: which invalidations began before it */
     uint32_t calls; /* callbacks running */
     uint32_t priority;
-    struct hmm_device *dev;
+    struct hmm_device *dev; /* NULL: not inserted */
     const struct hmm_notifier_ops *ops;
 };
 
 /*
  * Inserts an interval [start, end), page aligned, not empty. Invalidations that began earlier are not delivered, but
- * hmm_notifier_read_begin() waits for them. Does not block. -EINVAL.
+ * hmm_notifier_read_begin() waits for them. Does not block, calls nothing. -EINVAL: empty, reversed (as a range that wraps is) or
+ * not aligned, or no callback; -EEXIST: inserted already, by anyone: it stays as it is. Each with a message.
  * To be inserted *before* asking where pages of the interval are.
  */
 HMM_API int hmm_notifier_insert(struct hmm_device *dev, struct hmm_notifier *n, uintptr_t start, uintptr_t end,
                                 const struct hmm_notifier_ops *ops);
-/* Removes it and waits until no callback of it runs. Not from its own callback; not under a lock that its callback takes. */
-HMM_API void hmm_notifier_remove(struct hmm_notifier *n);
+/*
+ * Removes it and waits until no callback of it runs; then n belongs to the caller again, and hmm_notifier_read_retry() is true for
+ * every number that was read before. Not under a lock that its callback takes. -ENOENT: not inserted, or removed already, or being removed by
+ * another thread (which is not waited for). -EDEADLK: from inside its own callback, which cannot be waited for: nothing was done.
+ * It waits as long as the callback runs, and says in the log which one that is: after one second, and then every ten.
+ */
+HMM_API int hmm_notifier_remove(struct hmm_notifier *n);
 
-/* Waits until no invalidation of the interval is in progress and returns its sequence number. Not under driver locks that
- * the callback takes. */
+/* Whether a notifier of any device overlaps [start, end), so that a change there would be told to somebody. Does not block; any thread. */
+HMM_API bool hmm_notifier_any(struct hmm_device *dev, uintptr_t start, uintptr_t end);
+
+/* Waits until no invalidation of the interval is in progress and returns its sequence number, never 0. Not under driver locks that
+ * the callback takes. 0 when n is not inserted: a number that is never current. */
 HMM_API uint64_t hmm_notifier_read_begin(struct hmm_notifier *n);
 /* True when an invalidation of the interval began since read_begin: start over. Call it, and publish the device page table
  * entries if it says false, under the lock that the invalidate callback takes. */
@@ -312,28 +337,259 @@ HMM_API void hmm_event_sync(struct hmm_device *dev);
 /*
  * Resolves a device page fault at addr: brings the page, and as many neighbours as policy finds useful, to the device's
  * memory, making room if needed; or leaves it in system memory where it cannot move. Engine context, no locks, blocks.
- * Returns 0: it came to the device; ask hmm_range_snapshot() where it is, it may already have moved again: loop. Returns 1:
+ * Returns 0: it came to the device; ask hmm_range_fault() where it is, it may already have moved again: loop. Returns 1:
  * it stays in system memory; use the bus, now and not cached. The bus is right at any time, so it also ends a loop that
  * does not converge. -EFAULT: nothing mapped; -EACCES: protection forbids it; -EHWPOISON: its only copy was lost with a device.
  */
 HMM_API int hmm_device_fault(struct hmm_device *dev, uintptr_t addr, unsigned flags);
 
-/* Entries of a snapshot. */
-#define HMM_PFN_VALID (1ull << 63) /* in this device's memory; the low bits are the device page */
-#define HMM_PFN_WRITE (1ull << 62) /* the device may write */
+/* What hmm_range_fault() says of a page. Without any of these bits the word is 0: not there (never touched, swapped, on another
+ * device, on its way) and not asked for. */
+#define HMM_PFN_VALID (1ull << 63) /* the device may read it; where it is: below */
+#define HMM_PFN_WRITE (1ull << 62) /* and write it. Only with VALID */
+#define HMM_PFN_ERROR (1ull << 61) /* asking for it will not help: nothing mapped, no right to read, lost */
+#define HMM_PFN_DEVICE                                                                                                         \
+    (1ull << 60) /* with VALID: in this device's memory, and the low bits are the device page (in the pagemap of
+                                     * this device). Without: in system memory, the low bits are its process address / page size */
 #define HMM_PFN_MASK ((1ull << 52) - 1)
+#define HMM_PFN_ORDER_SHIFT 52
+#define HMM_PFN_ORDER_MASK 0x1full
+/* The page belongs to 2^order pages, aligned, that one large entry of the CPU's page table maps, or that are neighbours, aligned as well, in
+ * device memory as they came; all have the same rights. 0: nothing known. Bits 57 to 59 are reserved. */
+#define HMM_PFN_ORDER(pfn) ((unsigned)((pfn) >> HMM_PFN_ORDER_SHIFT & HMM_PFN_ORDER_MASK))
+
+/* What is asked of hmm_range_fault(), per page or for all. */
+#define HMM_PFN_REQ_FAULT HMM_PFN_VALID /* VALID, or an error */
+#define HMM_PFN_REQ_WRITE HMM_PFN_WRITE /* together with REQ_FAULT: WRITE, too */
+
+/* Only says what is in this device's memory; requests are not looked at, and a page that is elsewhere gives 0. For devices that reach
+ * system memory over the bus, and ask hmm_device_fault() for the rest. System memory is neither looked at nor watched. */
+#define HMM_RANGE_DEVICE_ONLY 1u
+/* Watches shared and file-backed memory, too, as far as the kernel can, at the price of its fault-around (a first touch of the CPU gets
+ * several times slower). Without it such memory is watched by the wrappers alone: a munmap() by a raw system call is not seen. */
+#define HMM_RANGE_REGISTER 2u
+
+/* Kernel: struct hmm_range. */
+struct hmm_fault_range {
+    uint32_t size;                 /* sizeof(struct hmm_fault_range) */
+    uint32_t flags;                /* HMM_RANGE_* */
+    struct hmm_notifier *notifier; /* of this device, inserted, covers [start, end) */
+    uint64_t notifier_seq;         /* of hmm_notifier_read_begin() before the call */
+    uintptr_t start, end;          /* page aligned, not empty; any length */
+    uint64_t *pfns;                /* one per page; the library's or the driver's memory, never memory that can migrate */
+    /* What is asked of page i: (pfns[i] & pfn_flags_mask) | default_flags, HMM_PFN_REQ_*. With a mask of 0 pfns need not be set. */
+    uint64_t default_flags, pfn_flags_mask;
+};
 
 /*
- * Says where the pages of [start, end) are: pfns[0 .. (end-start)/page). The range lies within one 2 MiB block. Pages that
- * are not in this device's memory, and those in transit, give 0: ask hmm_device_fault(). The answer holds while the sequence number of a notifier over the range, taken before, holds.
+ * Says where each page of [start, end) is and what the device may do there; brings the pages that are asked for to where they have an
+ * address: never touched or swapped ones into system memory, those on another device home; those on this device stay there. It migrates
+ * nothing to the device: hmm_device_fault() does. 0: every page that was asked for is VALID (and WRITE); the answer holds while
+ * hmm_notifier_read_retry(notifier, notifier_seq) is false: to be looked at, and the answer used, under the lock that the callback
+ * takes. (Kernel: mm/hmm.c. What is in system memory may come to *this* device without an invalidation, as its own migrations do not
+ * invalidate it: the process address then still is right, and brings it back when it is used.)
+ *
+ * WRITE: the mapping allows writing, and the page is not one that a write would replace (the zero page, a private file's). A page shared
+ * since a fork counts as writable: it is replaced under its address when the device writes there.
+ *
+ * The same notifier may be in use by several threads. Engine or program context, no locks; blocks (page faults of any kind). Stops at the
+ * first page that fails:
+ *   -EBUSY      invalidated since notifier_seq was read: read_begin, and again
+ *   -EFAULT     asked for a page where nothing is mapped, that may not be read, or that cannot be given (behind the end of its file)
+ *   -EPERM      asked for the right to write what is mapped read-only
+ *   -EHWPOISON  asked for a page whose only copy was lost
+ *   -EINVAL     the structure is wrong; with a message
+ *   -ENOMEM     no system memory
+ * After an error pfns holds the requests as before (bits of pfn_flags_mask), and nothing else of meaning.
  */
-HMM_API int hmm_range_snapshot(struct hmm_device *dev, uintptr_t start, uintptr_t end, uint64_t *pfns);
+HMM_API int hmm_range_fault(struct hmm_device *dev, struct hmm_fault_range *range);
+/*
+ * The same with read_begin before, sets notifier_seq, and again after -EBUSY, until timeout_ns have passed: -ETIMEDOUT. -1: for ever. Not
+ * under a lock that the callback takes. Page faults are not interrupted: only the repetitions, and waiting for invalidations, end.
+ * (Kernel: hmm_range_fault_unlocked_timeout().)
+ */
+HMM_API int hmm_range_fault_timeout(struct hmm_device *dev, struct hmm_fault_range *range, int64_t timeout_ns);
+#define HMM_RANGE_DEFAULT_TIMEOUT_NS 1000000000ll
 
 /* The bus: reads or writes system memory at a process address as a device would (kernel: process_vm_readv). Faults CPU pages
  * in, so a page on any device comes home. Returns bytes done (> 0), -EFAULT when the first byte is unmapped or protected, -EHWPOISON
  * when its only copy was lost with a device. */
 HMM_API int64_t hmm_bus_read(struct hmm_device *dev, uintptr_t addr, void *buf, size_t len);
 HMM_API int64_t hmm_bus_write(struct hmm_device *dev, uintptr_t addr, const void *buf, size_t len);
+
+/* ---- mirrors (kernel: struct hmm_mirror of HMM v8, and what mm/hmm.c left to drivers) -------------------------------- */
+
+/*
+ * A mirror is a device's view of the address space: a page table that core keeps for the driver. Core fills it with the retry loop,
+ * empties it when the address space changes, and bounds its memory; the driver asks for translations and says when its device has let
+ * go of them.
+ *
+ * The table is made of directories of 2 MiB (one block of core, HMM_MIRROR_DIR bytes, aligned), each with an interval notifier over
+ * exactly its range and a lock of its own. Directories are made as they are needed and used again for other ranges, but never freed
+ * before the mirror is: what a run points to can be read as long as somebody has a reference to the mirror.
+ *
+ * A device may have several mirrors; they know nothing of each other.
+ *
+ * Every call that takes a mirror: -ESRCH in a child of fork of the process that registered it (without touching the mirror, whose
+ * memory is not there); -ENODEV when it was unregistered. Except where said, no locks of the driver that one of its operations
+ * takes, and nothing held that invalidate() waits for. Calls that may block say so.
+ */
+struct hmm_mirror;
+struct hmm_mirror_dir;
+
+#define HMM_MIRROR_DIR ((uintptr_t)2 << 20)
+
+/* Entries: bits, and in the low bits (HMM_PFN_MASK) a page number: of the device with DEVICE, else process address >> page shift. After
+ * dma_map(), what that put there. As HMM_PFN_* where both have a bit. */
+#define HMM_MIRROR_VALID (1ull << 63)
+#define HMM_MIRROR_WRITE (1ull << 62)  /* may be written */
+#define HMM_MIRROR_DEVICE (1ull << 60) /* in this device's memory */
+#define HMM_MIRROR_DIRTY (1ull << 59)  /* was written, or may have been: see hmm_mirror_collect_dirty() */
+#define HMM_MIRROR_SELECT (1ull << 58) /* the driver's own; goes with the translation */
+
+/* What the device has to let go of, or to answer for: a part of one directory. */
+struct hmm_mirror_change {
+    uintptr_t start, end;
+    const struct hmm_event *event; /* its range may be larger */
+    /* How many runs of this directory had been handed out (by resolve and lookup) when its entries were emptied; never falls. None that
+     * is handed out later is older than the change. */
+    uint64_t given;
+    uint64_t *word; /* of this directory, for the driver: atomic, not touched by core; 0 when the directory was made */
+};
+
+struct hmm_mirror_ops {
+    uint32_t size;    /* sizeof(struct hmm_mirror_ops) */
+    const char *name; /* of invalidate(), for messages; constant. NULL: the driver's */
+    /*
+     * The entries of the range are emptied and no run of it is current. Returns when the device can no longer touch those pages.
+     * Context, blockable, brief and errors: as of hmm_notifier_ops.invalidate. May run concurrently with itself, for other ranges or the
+     * same. Called for every invalidation of a directory that exists, whether entries were there or not: a run that was handed out
+     * before may still be in use. Also brief, when core would like to use the directory for another range, and -EAGAIN then leaves it.
+     * Required.
+     */
+    int (*invalidate)(void *priv, const struct hmm_mirror_change *change);
+    /*
+     * Stop all activity through this mirror. Called once, whichever is first: hmm_mirror_unregister(), hmm_device_close() (after
+     * stop(), before pages are brought home), hmm_device_lost(). Whatever an invalidate() returned. May block as invalidate() may;
+     * from hmm_device_lost() it is called by a library thread, soon. invalidate() may be called meanwhile and afterwards. May be NULL.
+     */
+    void (*release)(void *priv);
+    /* The last reference is gone, and no other operation runs or will: nothing is called after it. The context of the last put. May be
+     * NULL. */
+    void (*free)(void *priv);
+    /*
+     * An entry is about to be published: may replace its low bits by what the device's bus calls that page. A negative errno refuses it:
+     * the entry stays empty, and resolve says 1 (use the bus) until the directory is read again. Under the directory's lock: does not
+     * block, calls nothing that takes a mirror. May be NULL.
+     */
+    int (*dma_map)(void *priv, uintptr_t addr, uint64_t *entry);
+    /* Takes back what a dma_map() that returned 0 made; once for each, with what it put there: when the entry is emptied, which is after
+     * invalidate() has returned 0 where there was one. The same context. May be NULL. */
+    void (*dma_unmap)(void *priv, uintptr_t addr, uint64_t entry);
+    /* Instead of hmm_device_fault(), with its contract; it may call that. NULL: hmm_device_fault(). */
+    int (*fault)(void *priv, uintptr_t addr, unsigned flags);
+};
+
+/* Core notes what is handed out for writing: runs for writing are of one page, or of pages that are dirty already. */
+#define HMM_MIRROR_TRACK_DIRTY 1u
+/* For devices that reach system memory by process addresses, and may cache them: the table has entries of system pages, too, and resolve
+ * brings pages to where they have an address (hmm_range_fault()) instead of to the device (ops.fault is not called). */
+#define HMM_MIRROR_SYSTEM 2u
+
+struct hmm_mirror_desc {
+    uint32_t size; /* sizeof(struct hmm_mirror_desc) */
+    uint32_t flags;
+    const struct hmm_mirror_ops *ops; /* stays valid until free() has returned */
+    void *priv;                       /* for ops */
+    uint32_t directories;             /* bound of the table, of 2 MiB each; 0: chosen by the device's memory */
+    uint32_t reserved;                /* 0 */
+};
+
+/* Makes a mirror of the address space for the device, with one reference: the registration's. The device is open or opening; after
+ * hmm_pagemap_add(), or directories given. Program context. -EINVAL, -ENOMEM with message; *m only on success. */
+HMM_API int hmm_mirror_register(struct hmm_device *dev, const struct hmm_mirror_desc *desc, struct hmm_mirror **m);
+/*
+ * Ends it: calls that run end or return -ENODEV, release() is called if it was not, everything is invalidated (HMM_EVENT_MIGRATE) and no
+ * invalidate() comes any more; then the registration's reference is put. To be called at the latest by the driver's close(). Blocks.
+ * -EDEADLK: from inside an operation of this mirror, or a callback of a walk; nothing was done. -ENODEV: unregistered already (the
+ * caller has a reference).
+ */
+HMM_API int hmm_mirror_unregister(struct hmm_mirror *m);
+/* References keep the structure, and what runs point to, not the view: it may end before (-ENODEV), and the device may be closed. Any
+ * context. get: the caller has one, or the registration's cannot end meanwhile. */
+HMM_API void hmm_mirror_get(struct hmm_mirror *m);
+HMM_API void hmm_mirror_put(struct hmm_mirror *m);
+
+/* Pages that lie together on the device (or in system memory) with the same rights, within one directory. */
+struct hmm_mirror_run {
+    uintptr_t start, end; /* of the process */
+    uint64_t page;        /* of start: the low bits of its entry; the others follow */
+    uint64_t flags;       /* HMM_MIRROR_VALID, _WRITE, _DEVICE: of all pages. From a walk also _DIRTY, _SELECT */
+    /*
+     * The run may be used, and cached, as long as both words are what they were; look at them, in any order, *after* the use is visible
+     * to invalidate(), with sequential consistency. seq moves when an invalidation of the directory begins; generation when the
+     * directory is used for another range, or the mirror changes itself.
+     */
+    const uint64_t *seq;
+    uint64_t seq_seen;
+    const uint32_t *generation;
+    uint32_t generation_seen;
+    uint32_t gate; /* *hmm_event_gate() before the run was read */
+};
+
+/*
+ * The slow path of a translation: look up; where there is nothing, fault the page (ops.fault) and read the directory again, as often as
+ * it takes. 0: *run contains addr. 1: the page stays in system memory, or changes too often, or there is no directory to spare: use the
+ * bus, now and not cached. Else as hmm_device_fault(). flags: HMM_FAULT_READ or HMM_FAULT_WRITE. Blocks.
+ */
+HMM_API int hmm_mirror_resolve(struct hmm_mirror *m, uintptr_t addr, unsigned flags, struct hmm_mirror_run *run);
+/* Only what the table has: 0, or -ENOENT. Takes the directory's lock, does not block otherwise, asks nobody. */
+HMM_API int hmm_mirror_lookup(struct hmm_mirror *m, uintptr_t addr, unsigned flags, struct hmm_mirror_run *run);
+
+/* Calls fn for each run of [start, end), page aligned, that the table has and of which every entry has all bits of `bits` (0: VALID),
+ * in ascending order; runs are cut at start and end and where DIRTY or SELECT change. A directory is read at one moment; fn runs without
+ * locks. Stops when fn returns non-zero, and returns that. -EINVAL. */
+HMM_API int hmm_mirror_walk(struct hmm_mirror *m, uintptr_t start, uintptr_t end, uint64_t bits,
+                            int (*fn)(const struct hmm_mirror_run *run, void *arg), void *arg);
+
+/* Changes DIRTY and SELECT of [start, end), page aligned: first those of `clear`, then those of `set`. SELECT only of valid
+ * entries. DIRTY also where there are none (the device wrote over the bus), for which directories are made: -ENOSPC when there is
+ * none to spare. May be called while invalidate() waits for the caller; a driver that marks what its device wrote does so before it lets
+ * go. -EINVAL. */
+HMM_API int hmm_mirror_mark(struct hmm_mirror *m, uintptr_t start, uintptr_t end, uint64_t set, uint64_t clear);
+
+/*
+ * Takes the dirty bits of [start, end), page aligned: bit i of dirty[] (of 64 each, room for all pages; written whole) says that page i
+ * was written through the mirror since it was last collected, as far as marked. The device lets go of the range first
+ * (HMM_EVENT_SOFT_DIRTY to this mirror's invalidate() alone) and has to ask again: no write is missed, and none is in two collections.
+ * Dirty bits stay when pages change place, and go with their content (UNMAP, CLEAR); directories that have them are not used for
+ * another range. Returns the number of pages. Blocks. -EINVAL.
+ */
+HMM_API int64_t hmm_mirror_collect_dirty(struct hmm_mirror *m, uintptr_t start, uintptr_t end, uint64_t *dirty);
+
+/* The device lets go of [start, end), page aligned (HMM_EVENT_MIGRATE to this mirror's invalidate() alone); all bits are gone, and
+ * directories that lie in the range as a whole are free for others. The pages stay where they are. Blocks. -EINVAL. */
+HMM_API int hmm_mirror_discard(struct hmm_mirror *m, uintptr_t start, uintptr_t end);
+
+struct hmm_mirror_info {
+    uint32_t directories, directories_max; /* in use, and bound */
+    uint64_t valid, dirty, selected;       /* entries */
+    uint64_t filled;                       /* directories read so far */
+};
+/* Exact if nothing else goes on. */
+HMM_API int hmm_mirror_info(struct hmm_mirror *m, struct hmm_mirror_info *info);
+
+/*
+ * For devices without faults, which need to know where a range is as a whole, at one moment. A directory that is kept stays one of its
+ * range: the one at addr, made if need be. -ENOSPC: all are kept or in use. -EFAULT: no address of the process.
+ */
+HMM_API int hmm_mirror_dir_get(struct hmm_mirror *m, uintptr_t addr, struct hmm_mirror_dir **dir);
+HMM_API void hmm_mirror_dir_put(struct hmm_mirror_dir *dir);
+/* Reads the entries of [start, end), within the directory, anew from core. They hold as long as hmm_mirror_dir_seq() is *seq and
+ * invalidate() has not been called for them: take that and what it protects under a lock that invalidate() takes. Waits while an
+ * invalidation is in progress. -EINVAL, -EAGAIN: it changes too often. */
+HMM_API int hmm_mirror_dir_read(struct hmm_mirror_dir *dir, uintptr_t start, uintptr_t end, uint64_t *entries, uint64_t *seq);
+HMM_API uint64_t hmm_mirror_dir_seq(const struct hmm_mirror_dir *dir);
 
 /* ---- user kernels ------------------------------------------------------------------------------------------------ */
 

@@ -10,8 +10,8 @@
  *  - Returns 0 (or a count) on success and a negative errno on failure. Outputs are written only on success.
  *  - After a failure hmm_last_message() holds one line for this thread that names the thing, the reason and the remedy.
  *  - Safe in any thread. Not async-signal-safe. May block; never call one while holding a lock that a log callback takes.
- *  - In a child made by fork(), handles of the parent give -ESRCH; the child may open devices of its own. Memory that was
- *    managed at the time of fork() is not in the child (touching it is SIGSEGV, never wrong data).
+ *  - In a child made by fork(), handles of the parent give -ESRCH; the child may open devices of its own. It
+ *    has a copy of its own, in system memory, of what was on devices; fork() returns in the parent when it has it (docs/api.md).
  *  - Sizes are bytes. Addresses need no alignment; migration rounds a range *inwards or outwards* as stated per call.
  *  - The library never prints, never aborts, installs no signal handler, interposes no symbol. The `soft` driver uses one
  *    real-time signal while a device of it is open (see docs/soft.md).
@@ -60,7 +60,8 @@ struct hmm_config {
     uint64_t staging_bytes; /* bound of system memory used in transit; default 32 MiB, 4 MiB..1 GiB, rounded to blocks */
     uint64_t seed;          /* of injection and policy; default from the clock, logged */
     const char *debug;      /* comma-separated: validate (audit after each migration call, violations
-                             * are logged), inject[=per-mille]; default: environment HMM_DEBUG */
+                             * are logged), inject[=per-mille] (calls fail), delay[=per-mille] (locks and steps of the protocol take
+                             * longer); default: environment HMM_DEBUG */
 };
 
 /* Takes effect at the next manager start. -EBUSY while a device is open, -EINVAL for a value out of range. */
@@ -106,8 +107,10 @@ HMM_API int hmm_device_open(const char *spec, hmm_dev *dev);
 
 /*
  * Cancels queued jobs, ends running ones (their fences give -ECANCELED), brings every page home, closes the device.
- * -ENODEV: not open (also: closed before). -ENOMEM: pages could not be brought home; -EBUSY: pages are pinned or in use after 10 s.
- * -EIO: the device did not give them back for 10 s. After these three the handle is good for another hmm_device_close() only; nothing is lost.
+ * -ENODEV: not open (also: closed before). -ENOMEM: pages could not be brought home; -EBUSY: after 10 s pages are pinned or in use, a
+ * call is inside the device, or a notifier callback of it has not returned: the message names the callback, the device, the range
+ * and the time. -EIO: the device did not give pages back for 10 s. After these three the handle is good for another
+ * hmm_device_close() only, which goes on where this one gave up; nothing is lost, and other devices are not affected.
  */
 HMM_API int hmm_device_close(hmm_dev dev);
 
@@ -120,10 +123,32 @@ struct hmm_device_info {
     uint64_t used_bytes;   /* of it, allocated now */
     uint32_t lost;         /* 1: it takes no jobs any more, see HMM_DEVICE_LOST in docs/api.md; close it */
     uint32_t reserved;
-    uint64_t jobs; /* submitted and not done */
+    uint64_t jobs;           /* submitted and not done */
+    uint64_t transit_bytes;  /* of used_bytes: on the way to the device or home */
+    uint64_t limit_bytes;    /* as set by hmm_device_set_limit(), whole pages; 0: none */
+    uint64_t mirrored_bytes; /* process memory in ranges that the device mirrors (its notifiers); overlaps count twice */
 };
 
 HMM_API int hmm_device_info(hmm_dev dev, struct hmm_device_info *info);
+
+/* ---- limits (kernel: cgroup dmem.max, memory.max) --------------------------------------------------------------------- */
+
+/*
+ * How much memory the process may have on devices: on one (hmm_device_set_limit), and on all of them together (hmm_set_limit; where
+ * the program never sets it, the environment variable HMM_LIMIT, a number with K, M, G or T). Rounded down to pages; 0: no limit but
+ * the device's own memory. Pages in transit count: they have a device page. It is a limit, not a reservation.
+ *
+ * Within a limit, room is made by eviction as on a device of that size: of this device's pages, and for the limit of the process of
+ * the coldest pages of any device that are not in use. Pages that still find no room stay in system memory and are counted (hmm_migrate_result.limited,
+ * hmm_stats.limited); a migration that can move nothing for that reason is -ENOSPC, with a message that names the limit, its use
+ * and the remedy. A device fault uses the bus then.
+ *
+ * A limit that is lower than the use takes effect at once for new pages, and pages are evicted until it is met. -EBUSY: after 10 s
+ * it is not, because pages are pinned or in use; the limit stands, and eviction for new pages goes on. -EINVAL: less than a page of
+ * the device (of the system); -ENODEV. May be called at any time, from any thread; hmm_set_limit() without an open device, too. Blocks.
+ */
+HMM_API int hmm_device_set_limit(hmm_dev dev, uint64_t bytes);
+HMM_API int hmm_set_limit(uint64_t bytes);
 
 /* A driver (option == NULL) or one of its options. Strings are valid until the callback returns. */
 struct hmm_driver_item {
@@ -160,12 +185,14 @@ struct hmm_migrate_result {
     uint64_t unmapped;      /* no mapping there */
     uint64_t busy;          /* stayed: changed under the migration (unmapped, dropped), or no device memory for them */
     uintptr_t first_stayed; /* address of the first page that stayed; 0 when none */
+    uint64_t limited;       /* of busy: a limit left no room for them */
 };
 
 /*
  * Moves the pages of [addr, addr+len), rounded outwards to pages, to device memory; evicts others to make room. A partial
  * success is a success: read the result (may be NULL). Holes are counted, not errors. Blocks for copies and invalidations.
- * -EINVAL: len 0 or the range wraps around; -ENODEV; -EFAULT: nothing is mapped in the range; -ENOMEM.
+ * -EINVAL: len 0 or the range wraps around; -ENODEV; -EFAULT: nothing is mapped in the range; -ENOMEM; -ENOSPC: a limit left room
+ * for none of the pages.
  */
 HMM_API int hmm_migrate_to_device(hmm_dev dev, const void *addr, size_t len, struct hmm_migrate_result *result);
 
@@ -511,6 +538,69 @@ static inline double hmm_result_double(const struct hmm_fence_info *info)
     return u.number;
 }
 
+/* ---- what the program does to its address space ------------------------------------------------------------------ */
+
+/*
+ * munmap(), mremap(), madvise(), mprotect() and the like change memory that a device may be using. A change that is begun and ended
+ * here has the guarantee of a kernel's mmu notifiers: when begin returns, every device has let go of the range, and until end none
+ * takes hold of it again. Changes that are not announced are seen as userfaultfd events where the kernel raises them; docs/calls.md
+ * says for every call what holds with an announcement, with the event alone, and with neither.
+ *
+ * Three ways to announce: libhmm-preload.so (LD_PRELOAD) does it for an unmodified program; the calls below named after the C
+ * library's; and the pair hmm_change_begin() / hmm_change_end() around whatever else changes memory, such as a raw system call.
+ */
+enum hmm_change_kind {
+    HMM_CHANGE_UNMAP,   /* munmap, a mapping made over it, brk down: HMM_EVENT_UNMAP */
+    HMM_CHANGE_REMAP,   /* mremap: the part that may move or be cut off: HMM_EVENT_UNMAP */
+    HMM_CHANGE_CLEAR,   /* MADV_DONTNEED, FREE, REMOVE: contents dropped: HMM_EVENT_CLEAR */
+    HMM_CHANGE_GUARD,   /* MADV_GUARD_INSTALL: the same; what is on a device comes home first, since no event drops it there */
+    HMM_CHANGE_PROTECT, /* mprotect, pkey_mprotect: HMM_EVENT_PROTECTION_VMA */
+    HMM_CHANGE_DETACH,  /* shmdt: the whole mapping at addr, whatever len is: HMM_EVENT_UNMAP */
+    HMM_CHANGE_RELEASE, /* exec, exit: all of the address space, whatever addr and len are: HMM_EVENT_RELEASE */
+};
+
+/* Fields belong to the library. */
+struct hmm_change {
+    uint32_t slot;
+    uint32_t reserved;
+};
+
+/*
+ * [addr, addr + len), widened to pages, is about to change. Costs a load where no device is open, and some 20 ns where nothing of the
+ * range is on a device or watched by one. Else a library thread invalidates the range on every device that has it, waiting for
+ * engines as hmm_notifier_ops says; HMM_CHANGE_RELEASE waits 1 s at most and then says in the log which device did not let go.
+ *
+ * Cannot fail: an empty range, or one that wraps, is nothing. Changes of several threads, and nested ones of one thread, may overlap.
+ * Keeps errno. Allocates nothing, takes no lock of the C library: to be called in signal handlers, in constructors before the
+ * library's own, and by an allocator that holds its locks. In a child of fork or vfork, and in library threads, it is nothing.
+ *
+ * Between begin and end the thread makes the change and nothing else: a job, and a touch of the range by a device, may wait for it.
+ * So it does not wait for a device there, nor call this library.
+ */
+HMM_API void hmm_change_begin(struct hmm_change *change, enum hmm_change_kind kind, const void *addr, size_t len);
+/* It was made, or failed. After UNMAP and CLEAR of what was on a device, its device pages are free when this returns. */
+HMM_API void hmm_change_end(struct hmm_change *change);
+
+/*
+ * The calls of the same names without hmm_: the same arguments and results, errno set. Announced where they change what a device may
+ * have; in all other cases nothing but the call. offset and flags as there, off_t being 64 bits wide.
+ */
+HMM_API void *hmm_mmap(void *addr, size_t len, int prot, int flags, int fd, int64_t offset); /* MAP_FIXED: what stood there */
+HMM_API int hmm_munmap(void *addr, size_t len);
+HMM_API void *hmm_mremap(void *addr, size_t old_len, size_t new_len, int flags, ... /* void *new_addr */);
+HMM_API int hmm_madvise(void *addr, size_t len, int advice);
+HMM_API int hmm_mprotect(void *addr, size_t len, int prot);
+HMM_API int hmm_pkey_mprotect(void *addr, size_t len, int prot, int pkey);
+HMM_API int hmm_brk(void *end);
+HMM_API void *hmm_sbrk(intptr_t increment);
+HMM_API int hmm_shmdt(const void *addr);
+/* Devices let go of everything first; when the call fails, they go on. The other exec functions: as these, by hand. */
+HMM_API int hmm_execve(const char *path, char *const argv[], char *const envp[]);
+HMM_API int hmm_execvpe(const char *file, char *const argv[], char *const envp[]);
+HMM_API int hmm_fexecve(int fd, char *const argv[], char *const envp[]);
+/* _exit(). exit() of the program runs its handlers first; announce it there, or not: the process ends well without. */
+HMM_API void hmm_exit(int status) __attribute__((noreturn));
+
 /* ---- what it does ------------------------------------------------------------------------------------------------ */
 
 /* Counters since the manager started; gauges are marked. Pages are of hmm_page_size(). */
@@ -523,23 +613,42 @@ struct hmm_stats {
     uint64_t device_faults;
     uint64_t pages_to_device;
     uint64_t pages_to_system;
-    uint64_t pages_cleared;   /* absent or zero pages cleared on a device instead of copied */
-    uint64_t bytes_to_device; /* copied by drivers */
-    uint64_t bytes_to_system; /* copied by drivers or by UFFDIO_COPY from device memory */
-    uint64_t huge_to_device;  /* whole huge pages taken */
-    uint64_t huge_to_system;  /* whole huge pages restored */
-    uint64_t evicted;         /* pages sent home to make room on a device */
-    uint64_t invalidations;   /* notifier callbacks */
-    uint64_t events_unmap, events_remove, events_remap;
-    uint64_t dropped;          /* device or staged pages whose memory was unmapped or dropped */
-    uint64_t retries;          /* system calls repeated because an event was pending */
+    uint64_t pages_cleared;                             /* absent or zero pages cleared on a device instead of copied */
+    uint64_t bytes_to_device;                           /* copied by drivers */
+    uint64_t bytes_to_system;                           /* copied by drivers or by UFFDIO_COPY from device memory */
+    uint64_t huge_to_device;                            /* whole huge pages taken */
+    uint64_t huge_to_system;                            /* whole huge pages restored */
+    uint64_t evicted;                                   /* pages sent home to make room on a device, or to meet a limit */
+    uint64_t invalidations;                             /* notifier callbacks */
+    uint64_t events_unmap, events_remove, events_remap; /* by event: the kernel told us (munmap, madvise, mremap) */
+    uint64_t dropped;                                   /* device or staged pages whose memory was unmapped or dropped */
+    uint64_t retries;          /* system calls repeated because an event was pending, or because a page did not come home */
     uint64_t rollbacks;        /* staged pages put back because a migration failed */
     uint64_t pinned;           /* pages left because the kernel holds them */
     uint64_t metadata_bytes;   /* gauge: tables and descriptors, without per-device fixed descriptors */
     uint64_t descriptor_bytes; /* gauge: page descriptors of all open devices */
     uint64_t staging_bytes;    /* gauge: resident memory of pages in transit, as accounted */
-    uint64_t device_pages;     /* gauge: pages now on devices */
+    uint64_t device_pages;     /* gauge: pages now on devices, those in transit included */
     uint64_t blocks;           /* gauge: 2 MiB blocks tracked */
+
+    /* What the program did to memory that was managed or mirrored, once per call. By event: as above, when it went past us. By
+     * wrapper: it came through hmm_munmap() etc. or libhmm-preload.so. A wrapped call that the kernel still reports counts in both. */
+    uint64_t events_fork;
+    uint64_t calls_unmap;   /* munmap, mapping over, brk downwards, shmdt */
+    uint64_t calls_remove;  /* madvise that drops content */
+    uint64_t calls_remap;   /* mremap */
+    uint64_t calls_protect; /* mprotect; raises no event */
+    uint64_t calls_fork;
+    uint64_t calls_release;         /* exec, exit; raise no event */
+    uint64_t forks;                 /* children that were given their copy of what was on devices */
+    uint64_t pages_to_children;     /* copied for them */
+    uint64_t poisoned;              /* pages whose content was lost with a device */
+    uint64_t invalidations_refused; /* callbacks that could not be done without waiting, and were called again */
+    uint64_t invalidation_ns;       /* time in all callbacks that have returned, of all threads together */
+    uint64_t limited;               /* pages that found no room because of a limit */
+    uint64_t transit_pages;         /* gauge: of device_pages, on the way to a device or home */
+    uint64_t mirrored_bytes;        /* gauge: process memory in ranges that devices mirror; overlaps count twice */
+    uint64_t limit_bytes;           /* of the process, see hmm_set_limit(); 0: none */
 };
 HMM_API int hmm_stats(struct hmm_stats *stats);
 

@@ -2,8 +2,10 @@
 /* Devices: handles, opening, closing, and what core provides to a driver about its device. */
 #include <errno.h>
 #include <limits.h>
+#include <stdio.h>
 #include <string.h>
 
+#include "api/close.h"
 #include "api/drivers.h"
 #include "api/manager.h"
 #include "base/alloc.h"
@@ -11,9 +13,9 @@
 #include "base/futex.h"
 #include "job/job.h"
 #include "mirror/mirror.h"
-#include "migrate/migrate.h"
 
-enum slot_state { SLOT_FREE, SLOT_OPENING, SLOT_OPEN, SLOT_CLOSING, SLOT_STUCK };
+/* Ending: nothing is left of it but the driver's close(). */
+enum slot_state { SLOT_FREE, SLOT_OPENING, SLOT_OPEN, SLOT_CLOSING, SLOT_STUCK, SLOT_ENDING };
 
 /* Handles are serial numbers: a stale one never names another device. */
 static struct {
@@ -24,6 +26,7 @@ static struct {
         hmm_dev handle;
         struct hmm_device *dev;
         uint32_t users; /* futex */
+        struct closing closing;
     } slots[DEVICES_MAX];
 } devices = {.lock = MUTEX_INITIALIZER(RANK_DRIVER)};
 
@@ -67,6 +70,14 @@ void device_put(struct hmm_device *dev)
     mutex_unlock(&devices.lock);
 }
 
+struct hmm_device *hmm_device_of(hmm_dev handle)
+{
+    struct hmm_device *dev = api_enter() ? NULL : device_get(handle);
+    if (dev)
+        device_put(dev);
+    return dev;
+}
+
 hmm_dev device_handle(const struct hmm_device *dev)
 {
     hmm_dev handle = 0;
@@ -82,7 +93,8 @@ void devices_each(void (*fn)(struct pagemap *pm, void *arg), void *arg)
 {
     mutex_lock(&devices.lock);
     for (int i = 0; i < DEVICES_MAX; i++)
-        if (devices.slots[i].state == SLOT_OPEN)
+        if (devices.slots[i].state == SLOT_OPEN || devices.slots[i].state == SLOT_CLOSING ||
+            devices.slots[i].state == SLOT_STUCK)
             fn(devices.slots[i].dev->pagemap, arg);
     mutex_unlock(&devices.lock);
 }
@@ -96,18 +108,6 @@ uint64_t devices_descriptor_bytes(void)
 {
     uint64_t sum = 0;
     devices_each(add_descriptors, &sum);
-    return sum;
-}
-
-static void add_used(struct pagemap *pm, void *sum)
-{
-    *(uint64_t *)sum += pagemap_used(pm);
-}
-
-uint64_t devices_used_pages(void)
-{
-    uint64_t sum = 0;
-    devices_each(add_used, &sum);
     return sum;
 }
 
@@ -162,6 +162,7 @@ static int open_device(struct hmm_device *dev, const union hmm_option_value *val
         r = hmm_fail(-EINVAL, "driver %s gave no device memory (hmm_pagemap_add)", dev->driver->name);
     }
     if (r) {
+        mirrors_end(dev);
         remove_pagemap(dev);
         sched_free(dev);
     } else {
@@ -216,49 +217,6 @@ int hmm_pagemap_add(struct hmm_device *dev, const struct hmm_pagemap_desc *desc)
 
 /* ---- close ---- */
 
-struct home_call {
-    struct call call;
-    struct hmm_device *dev;
-    int result;
-};
-
-static void bring_all_home(struct call *call)
-{
-    struct home_call *c = container_of(call, struct home_call, call);
-    c->result = migrate_range_to_system(c->dev->mm, c->dev, 0, UINTPTR_MAX & BLOCK_MASK, NULL);
-}
-
-#define EVACUATE_TRIES                                                                                                         \
-    100 /* of 100 ms: invalidations may wait for kernels to end at their deadlines, a device may fail and recover */
-
-/* Everything migrates back; pages in flight or dropped settle meanwhile. */
-static int evacuate(struct hmm_device *dev)
-{
-    int failed = 0;
-    for (unsigned tries = 0; tries < EVACUATE_TRIES; tries++) {
-        struct home_call c = {.call.fn = bring_all_home, .dev = dev};
-        manager_call(&c.call);
-        int r = pagemap_wait(dev->pagemap, 100000000);
-        if (!r)
-            return 0;
-        if (c.result == -ENOMEM)
-            return hmm_fail(c.result, "%llu pages of device %s could not be brought home: %s; free memory, then close it again",
-                            (unsigned long long)pagemap_used(dev->pagemap), dev->driver->name, hmm_strerror(c.result));
-        failed = c.result;
-    }
-    if (failed)
-        return hmm_fail(failed, "%llu pages of device %s could not be brought home: %s; close it again later",
-                        (unsigned long long)pagemap_used(dev->pagemap), dev->driver->name, hmm_strerror(failed));
-    return hmm_fail(-EBUSY, "%llu pages of device %s are pinned or in use; close it again later",
-                    (unsigned long long)pagemap_used(dev->pagemap), dev->driver->name);
-}
-
-static void wait_users(int slot)
-{
-    for (uint32_t n; (n = __atomic_load_n(&devices.slots[slot].users, __ATOMIC_ACQUIRE)) != 0;)
-        futex_wait(&devices.slots[slot].users, n, -1);
-}
-
 int hmm_device_close(hmm_dev handle)
 {
     int r = api_enter();
@@ -274,23 +232,17 @@ int hmm_device_close(hmm_dev handle)
     if (!closable)
         return hmm_fail(-ENODEV, "device handle %d is not open (closed before, or never opened)", handle);
     struct hmm_device *dev = devices.slots[slot].dev;
-    if (state == SLOT_OPEN) {
-        /* A handler might touch a page whose way home needs a lock that the driver has, or that of another device whose jobs start. */
-        signals_block();
-        sched_stop(dev);
-        dev->driver->stop(dev->priv);
-        signals_unblock();
-        sched_wait(dev);
-        pagemap_kill(dev->pagemap);
-    }
-    wait_users(slot);
-    r = evacuate(dev);
+    if (state == SLOT_OPEN)
+        closing_init(&devices.slots[slot].closing, dev, &devices.slots[slot].users);
+    r = closing_run(&devices.slots[slot].closing);
     if (r) {
         set_slot(slot, SLOT_STUCK);
         return r;
     }
-    remove_pagemap(dev); /* before its memory goes: the address may be another device's at once */
+    set_slot(slot, SLOT_ENDING); /* nobody looks at its pages any more, see devices_each() */
+    remove_pagemap(dev);         /* before its memory goes: the address may be another device's at once */
     dev->driver->close(dev->priv);
+    mirrors_end(dev);
     sched_free(dev);
     set_slot(slot, SLOT_FREE);
     mem_free(dev, sizeof(*dev));
@@ -317,6 +269,9 @@ int hmm_device_info(hmm_dev handle, struct hmm_device_info *info)
         .used_bytes = pagemap_used(dev->pagemap) << os_page_shift(),
         .jobs = sched_jobs(dev),
         .lost = device_is_lost(dev),
+        .transit_bytes = __atomic_load_n(&dev->transit, __ATOMIC_RELAXED) << os_page_shift(),
+        .limit_bytes = pagemap_limit(dev->pagemap) << os_page_shift(),
+        .mirrored_bytes = notifier_bytes(&dev->mm->notifiers, dev),
     };
     strncpy(all.name, dev->driver->name, sizeof(all.name) - 1);
     memcpy(all.spec, dev->spec, sizeof(all.spec));
@@ -347,11 +302,46 @@ int hmm_device_fault(struct hmm_device *dev, uintptr_t addr, unsigned flags)
     return mirror_device_fault(dev, addr, flags);
 }
 
-int hmm_range_snapshot(struct hmm_device *dev, uintptr_t start, uintptr_t end, uint64_t *pfns)
+/* The kernel is asked through descriptors that only library threads have: for a thread of the program one of them does it. */
+struct range_call {
+    struct call call;
+    struct hmm_device *dev;
+    struct hmm_fault_range *range;
+    bool once;
+    int64_t timeout_ns;
+    int result;
+    char message[256];
+};
+
+static void run_range_call(struct call *call)
 {
-    if (start >= end || (start | end) & (os_page_size() - 1) || (start & BLOCK_MASK) != ((end - 1) & BLOCK_MASK))
-        return -EINVAL;
-    return mirror_snapshot(dev, start, end, pfns);
+    struct range_call *c = container_of(call, struct range_call, call);
+    message_clear();
+    c->result = c->once ? mirror_range_fault(c->dev, c->range) : mirror_range_fault_timeout(c->dev, c->range, c->timeout_ns);
+    snprintf(c->message, sizeof(c->message), "%s", hmm_last_message());
+}
+
+static int range_call(struct range_call *c)
+{
+    c->call.fn = run_range_call;
+    manager_call(&c->call);
+    return c->message[0] ? hmm_fail(c->result, "%s", c->message) : c->result;
+}
+
+int hmm_range_fault(struct hmm_device *dev, struct hmm_fault_range *range)
+{
+    if (thread_in_library())
+        return mirror_range_fault(dev, range);
+    struct range_call c = {.dev = dev, .range = range, .once = true};
+    return range_call(&c);
+}
+
+int hmm_range_fault_timeout(struct hmm_device *dev, struct hmm_fault_range *range, int64_t timeout_ns)
+{
+    if (thread_in_library())
+        return mirror_range_fault_timeout(dev, range, timeout_ns);
+    struct range_call c = {.dev = dev, .range = range, .timeout_ns = timeout_ns};
+    return range_call(&c);
 }
 
 /* To system calls a page whose content is lost looks like one that is not there. */
@@ -397,20 +387,32 @@ void hmm_page_put(struct hmm_device *dev, uint64_t page, uint64_t count)
 int hmm_notifier_insert(struct hmm_device *dev, struct hmm_notifier *n, uintptr_t start, uintptr_t end,
                         const struct hmm_notifier_ops *ops)
 {
-    if (start >= end || (start | end) & (os_page_size() - 1) || !ops || !ops->invalidate)
-        return -EINVAL;
-    *n = (struct hmm_notifier){.start = start, .end = end, .dev = dev, .ops = ops};
-    return notifier_insert(&dev->mm->notifiers, n);
+    if (!dev || !n)
+        return hmm_fail(-EINVAL, "hmm_notifier_insert: %s is NULL", dev ? "the notifier" : "the device");
+    return notifier_insert(&dev->mm->notifiers, n, dev, start, end, ops);
 }
 
-void hmm_notifier_remove(struct hmm_notifier *n)
+bool hmm_notifier_any(struct hmm_device *dev, uintptr_t start, uintptr_t end)
 {
-    notifier_remove(&n->dev->mm->notifiers, n);
+    return notifier_any(&dev->mm->notifiers, start, end);
+}
+
+static struct notifier_tree *tree_of(const struct hmm_notifier *n)
+{
+    struct hmm_device *dev = n ? __atomic_load_n(&n->dev, __ATOMIC_ACQUIRE) : NULL;
+    return dev ? &dev->mm->notifiers : NULL;
+}
+
+int hmm_notifier_remove(struct hmm_notifier *n)
+{
+    struct notifier_tree *t = tree_of(n);
+    return t ? notifier_remove(t, n) : hmm_fail(-ENOENT, "hmm_notifier_remove: it is not inserted (removed before?)");
 }
 
 uint64_t hmm_notifier_read_begin(struct hmm_notifier *n)
 {
-    return notifier_read_begin(&n->dev->mm->notifiers, n);
+    struct notifier_tree *t = tree_of(n);
+    return t ? notifier_read_begin(t, n) : 0;
 }
 
 void *hmm_mem_alloc(size_t bytes)

@@ -22,6 +22,8 @@ void drivers_each(void (*fn)(const struct hmm_driver *driver, const char *origin
 
 /* Splits a spec and checks it against the driver's table. values has room for HMM_OPTIONS_MAX. Messages quote the word. */
 int spec_parse(const char *spec, const struct hmm_driver **driver, union hmm_option_value *values);
+/* A number with an optional K, M, G or T. -EINVAL without message. */
+int parse_size(const char *word, size_t len, uint64_t *out);
 /* Whether specs can be checked against the driver's table of options: 0 or -EINVAL with message. */
 int options_check(const struct hmm_driver *driver);
 

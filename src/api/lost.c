@@ -10,6 +10,7 @@
 #include "api/manager.h"
 #include "base/error.h"
 #include "job/job.h"
+#include "mirror/mirror.h"
 
 /* The reason for this loss is written before the word says so, and never again. True: it is worse than what was known. */
 static bool set_lost(struct hmm_device *dev, enum hmm_loss loss, const char *reason)
@@ -31,6 +32,7 @@ void hmm_device_lost(struct hmm_device *dev, enum hmm_loss loss, const char *rea
     if (!set_lost(dev, memory ? HMM_LOST_MEMORY : HMM_LOST_ENGINES, reason))
         return;
     sched_lost(dev, device_lost_why(dev));
+    mirrors_lost(dev);
     if (memory)
         hmm_log(HMM_LOG_ERROR,
                 "device %s has lost its memory (%s): pages that only it had are gone, touching them is SIGBUS; close it",

@@ -16,10 +16,15 @@
 #include "fault/fault.h"
 #include "job/job.h"
 #include "migrate/staging.h"
+#include "mirror/mirror.h"
 #include "os/own.h"
+#include "process/fork.h"
+#include "process/change.h"
 
-#define CALLERS 2       /* threads for explicit migrations */
-#define FAULT_WORKERS 4 /* default */
+#define CALLERS 2         /* threads for explicit migrations */
+#define CALLERS_MAX 32    /* with those that were added because the others do not come back */
+#define GROW_NS 200000000 /* a call that nobody takes for so long gets a thread */
+#define FAULT_WORKERS 4   /* default */
 #define FAULT_WORKERS_MAX 64
 #define INJECT_PERMILLE 2 /* of HMM_DEBUG=inject without a number: starting makes some 240 calls that may fail */
 
@@ -56,6 +61,7 @@ int api_enter(void)
 /* The child's first device: nothing of the parent's is there any more. */
 static void forget_parent(void)
 {
+    fork_forget();
     manager.lock = (struct mutex)MUTEX_INITIALIZER(RANK_MANAGER);
     manager.devices = 0;
     manager.users = 0;
@@ -67,6 +73,8 @@ static void forget_parent(void)
     pagemap_forget();
     threads_forget();
     jobs_forget();
+    change_forget();
+    mirrors_forget();
     fence_forget();
     mem_forget();
     log_forget();
@@ -120,7 +128,29 @@ int hmm_configure(const struct hmm_config *config)
     return 0;
 }
 
-/* "inject", "inject=PERMILLE", "validate"; others are named and ignored. */
+#define DELAY_PERMILLE 20 /* of HMM_DEBUG=delay without a number */
+
+/* The word is `name` or `name=NUMBER`. */
+static bool debug_word(const char *text, size_t n, const char *name, unsigned fallback, unsigned *number)
+{
+    size_t len = strlen(name);
+    if (n < len || strncmp(text, name, len) || (n > len && text[len] != '='))
+        return false;
+    *number = n > len ? strtoul(text + len + 1, NULL, 10) : fallback;
+    return true;
+}
+
+static void start_inject(uint64_t seed, unsigned failures, unsigned delays)
+{
+    struct inject_config c = {.seed = seed};
+    for (int k = 0; k < INJECT_KINDS; k++)
+        c.permille[k] = k == INJECT_DELAY ? delays : failures;
+    inject_start(&c);
+    hmm_log(HMM_LOG_WARNING, "injection is on: seed %llu (HMM_SEED repeats it), per mille: failures %u, delays %u",
+            (unsigned long long)seed, failures, delays);
+}
+
+/* "inject", "delay", both also with =PERMILLE, "validate"; others are named and ignored. */
 static void start_debug(void)
 {
     const char *text = manager.config.debug ? manager.config.debug : getenv("HMM_DEBUG");
@@ -131,23 +161,19 @@ static void start_debug(void)
     if (!manager.config.seed && seed_text)
         seed = strtoull(seed_text, NULL, 0);
     manager.validate = false;
+    unsigned failures = 0, delays = 0;
     while (text && *text) {
         size_t n = strcspn(text, ",");
-        if (n >= 6 && !strncmp(text, "inject", 6)) {
-            unsigned permille = n > 7 && text[6] == '=' ? strtoul(text + 7, NULL, 10) : INJECT_PERMILLE;
-            struct inject_config c = {.seed = seed};
-            for (int k = 0; k < INJECT_KINDS; k++)
-                c.permille[k] = permille;
-            inject_start(&c);
-            hmm_log(HMM_LOG_WARNING, "injection is on: seed %llu (HMM_SEED repeats it), %u per mille", (unsigned long long)seed,
-                    permille);
-        } else if (n == 8 && !strncmp(text, "validate", 8)) {
+        if (debug_word(text, n, "inject", INJECT_PERMILLE, &failures))
+            delays = delays ? delays : failures;
+        else if (n == 8 && !strncmp(text, "validate", 8))
             manager.validate = true;
-        } else {
-            hmm_log(HMM_LOG_WARNING, "HMM_DEBUG: '%.*s' is not known (inject[=N], validate): ignored", (int)n, text);
-        }
+        else if (!debug_word(text, n, "delay", DELAY_PERMILLE, &delays))
+            hmm_log(HMM_LOG_WARNING, "HMM_DEBUG: '%.*s' is not known (inject[=N], delay[=N], validate): ignored", (int)n, text);
         text += n + (text[n] == ',');
     }
+    if (failures || delays)
+        start_inject(seed, failures, delays);
 }
 
 /* ---- start and stop ---- */
@@ -222,6 +248,7 @@ static void report_lock(const char *line)
 static int start(void)
 {
     fence_foreign = in_child;
+    mirror_foreign = in_child;
     static const struct mem_source source = {.map = map_own, .unmap = unmap_own};
     uint64_t staging_size = manager.config.staging_bytes ? manager.config.staging_bytes : STAGING_DEFAULT;
     unsigned workers = manager.config.fault_workers ? manager.config.fault_workers : FAULT_WORKERS;
@@ -230,7 +257,10 @@ static int start(void)
         mem_init(&source);
     manager.memory = true;
     start_debug();
-    int r = threads_start();
+    int r = limits_start();
+    if (r)
+        goto stop_memory;
+    r = threads_start();
     if (r)
         goto stop_memory;
     r = open_mm();
@@ -241,22 +271,33 @@ static int start(void)
         hmm_fail(r, "no room for %llu MiB of staging: %s", (unsigned long long)staging_size >> 20, hmm_strerror(r));
         goto close_mm;
     }
-    r = fault_start(&manager.mm, workers);
+    r = fork_start(&manager.mm);
     if (r)
         goto stop_staging;
-    r = workers_start(&manager.callers, "hmm-migrate", CALLERS);
+    r = fault_start(&manager.mm, workers);
+    if (r)
+        goto stop_forks;
+    r = workers_start_growing(&manager.callers, "hmm-migrate", CALLERS, CALLERS_MAX);
     if (r)
         goto stop_faults;
     r = jobs_start();
     if (r)
         goto stop_callers;
+    r = change_start(&manager.mm, manager.alive, workers);
+    if (r)
+        goto stop_jobs;
+    calls_attach(true);
     __atomic_store_n(&manager.running, 1, __ATOMIC_RELEASE);
     return 0;
 
+stop_jobs:
+    jobs_stop();
 stop_callers:
     workers_stop(&manager.callers);
 stop_faults:
     fault_stop();
+stop_forks:
+    fork_stop();
 stop_staging:
     threads_call(staging_exit_in_root, NULL);
 close_mm:
@@ -274,10 +315,14 @@ static void stop(void)
     __atomic_store_n(&manager.running, 0, __ATOMIC_SEQ_CST);
     for (uint32_t n; (n = __atomic_load_n(&manager.users, __ATOMIC_SEQ_CST)) != 0;)
         futex_wait(&manager.users, n, -1);
+    calls_attach(false);
+    change_stop();
     fence_user_cancel_all();
     jobs_stop();
+    mirrors_stop();
     workers_stop(&manager.callers);
     fault_stop();
+    fork_stop();
     threads_call(staging_exit_in_root, NULL);
     threads_call(exit_in_root, &manager.mm);
     threads_stop();
@@ -332,22 +377,49 @@ static void run_call(struct work *work, unsigned worker)
 {
     (void)worker;
     struct call *c = container_of(work, struct call, work);
+    __atomic_store_n(&c->begun, 1, __ATOMIC_RELAXED);
     c->fn(c);
-    __atomic_store_n(&c->done, 1, __ATOMIC_RELEASE);
-    futex_wake(&c->done, INT_MAX);
+    if (__atomic_exchange_n(&c->state, CALL_DONE, __ATOMIC_ACQ_REL) == CALL_ABANDONED)
+        c->abandoned(c);
+    else
+        futex_wake(&c->state, INT_MAX);
 }
 
 void manager_start_call(struct call *c)
 {
     work_init(&c->work, run_call);
-    c->done = 0;
+    c->begun = 0;
+    c->state = CALL_RUNS;
     workers_queue(&manager.callers, &c->work);
+}
+
+/* Every thread may be held up by a device that does not let go of its pages. A call that no thread takes gets one more. */
+bool manager_call_done_for(struct call *c, int64_t timeout_ns)
+{
+    uint64_t end = os_now() + (uint64_t)timeout_ns, now;
+    while (__atomic_load_n(&c->state, __ATOMIC_ACQUIRE) != CALL_DONE) {
+        now = os_now();
+        if (timeout_ns >= 0 && now >= end)
+            return false;
+        uint64_t left = timeout_ns >= 0 && end - now < GROW_NS ? end - now : GROW_NS;
+        bool begun = __atomic_load_n(&c->begun, __ATOMIC_RELAXED);
+        int r = futex_wait(&c->state, CALL_RUNS, begun && timeout_ns < 0 ? -1 : (int64_t)left);
+        if (r == -ETIMEDOUT && !__atomic_load_n(&c->begun, __ATOMIC_RELAXED) && !mutate("callers-grow"))
+            workers_grow(&manager.callers);
+    }
+    return true;
 }
 
 void manager_wait_call(struct call *c)
 {
-    while (!__atomic_load_n(&c->done, __ATOMIC_ACQUIRE))
-        futex_wait(&c->done, 0, -1);
+    manager_call_done_for(c, -1);
+}
+
+bool manager_wait_call_for(struct call *c, int64_t timeout_ns)
+{
+    uint32_t runs = CALL_RUNS;
+    return manager_call_done_for(c, timeout_ns) ||
+           !__atomic_compare_exchange_n(&c->state, &runs, CALL_ABANDONED, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 }
 
 void manager_call(struct call *c)

@@ -21,19 +21,32 @@ void manager_put(void);
 struct mm *manager_use(void);
 void manager_unuse(void);
 
+enum call_state { CALL_RUNS, CALL_DONE, CALL_ABANDONED };
+
 /* Runs fn in a library thread and waits. The caller is inside manager_use(). */
 struct call {
     struct work work;
     void (*fn)(struct call *call);
-    uint32_t done;
+    void (*abandoned)(struct call *call); /* in the library thread, when it ends after manager_wait_call_for() gave it up */
+    uint32_t begun;                       /* atomic: a thread has it */
+    uint32_t state;                       /* futex: enum call_state */
 };
 void manager_call(struct call *call);
 /* The two halves, for several calls at once. */
 void manager_start_call(struct call *call);
 void manager_wait_call(struct call *call);
+/* Waits at most so long. False: the call goes on without us, and ends with call->abandoned(), which has to free it. */
+bool manager_wait_call_for(struct call *call, int64_t timeout_ns);
+/* The same, but the caller may come back to it: nothing is given up. */
+bool manager_call_done_for(struct call *call, int64_t timeout_ns);
 unsigned manager_callers(void);
 /* HMM_DEBUG=validate */
 bool manager_validates(void);
+
+/* ---- change.c ---- */
+
+/* Tells libhmm-preload.so, where it is loaded, that changes are to be announced, or not. */
+void calls_attach(bool running);
 
 /* ---- device.c ---- */
 
@@ -43,12 +56,15 @@ void device_put(struct hmm_device *dev);
 hmm_dev device_handle(const struct hmm_device *dev);
 /* lost.c: -ENODEV with message where the device is lost, else 0. */
 int device_refuse_lost(const struct hmm_device *dev);
+/* limit.c: HMM_LIMIT, where the program has not set a limit; -EINVAL with message. */
+int limits_start(void);
+/* limit.c: -ENOSPC with message: a limit left room on dev for none of so many pages. */
+int limit_refused(struct hmm_device *dev, uint64_t pages);
 /* Forgets everything, in a child of fork. */
 void devices_forget(void);
-/* Bytes of page descriptors of all open devices; and their allocated pages. */
+/* Bytes of page descriptors of all open devices. */
 uint64_t devices_descriptor_bytes(void);
-uint64_t devices_used_pages(void);
-/* Calls fn for each open device's pagemap. The caller is inside manager_use(). */
+/* Calls fn for each device's pagemap, those of devices that are being closed included: their pages are still there. The caller is inside manager_use(). */
 void devices_each(void (*fn)(struct pagemap *pm, void *arg), void *arg);
 
 #endif

@@ -66,6 +66,7 @@ static void add_results(struct hmm_migrate_result *sum, const struct hmm_migrate
     sum->unmovable += r->unmovable;
     sum->unmapped += r->unmapped;
     sum->busy += r->busy;
+    sum->limited += r->limited;
     if (r->first_stayed && (!sum->first_stayed || r->first_stayed < sum->first_stayed))
         sum->first_stayed = r->first_stayed;
 }
@@ -122,10 +123,14 @@ int hmm_migrate_to_device(hmm_dev handle, const void *addr, size_t len, struct h
     struct hmm_migrate_result sum = c ? c->res : (struct hmm_migrate_result){0};
     r = c ? c->result : -ENOMEM;
     mem_free(c, sizeof(*c));
-    bool lost = r && device_refuse_lost(dev);
+    int refused = 0;
+    if (r)
+        refused = device_refuse_lost(dev);
+    else if (sum.limited && sum.moved + sum.already == 0)
+        refused = limit_refused(dev, sum.limited);
     device_put(dev);
-    if (lost)
-        return -ENODEV;
+    if (refused)
+        return refused;
     if (r)
         return hmm_fail(r, "migration of [%#lx, %#lx) to the device stopped: %s", (unsigned long)start, (unsigned long)end,
                         hmm_strerror(r));
@@ -287,7 +292,7 @@ int hmm_stats(struct hmm_stats *stats)
     struct mm *mm = manager_use();
     if (!mm)
         return -ENODEV;
-    struct hmm_stats all = {.descriptor_bytes = devices_descriptor_bytes(), .device_pages = devices_used_pages()};
+    struct hmm_stats all = {.descriptor_bytes = devices_descriptor_bytes()};
     inspect_stats(mm, &all);
     manager_unuse();
     uint32_t size = stats->size;

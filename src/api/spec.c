@@ -42,6 +42,11 @@ static int parse_number(const char *word, size_t len, bool suffix, uint64_t *out
     return 0;
 }
 
+int parse_size(const char *word, size_t len, uint64_t *out)
+{
+    return parse_number(word, len, true, out);
+}
+
 static int set_number(const struct hmm_option *o, const char *driver, const char *word, size_t len, union hmm_option_value *v)
 {
     uint64_t n;

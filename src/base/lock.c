@@ -15,6 +15,7 @@
 
 uint64_t lock_violations;
 void (*lock_report)(const char *line);
+void (*lock_delay)(enum lock_rank rank, bool taken);
 
 THREAD_LOCAL uint32_t held;
 THREAD_LOCAL uint32_t blocks_held;
@@ -28,6 +29,11 @@ THREAD_LOCAL sigset_t signals_before;
 void signals_library_thread(void)
 {
     signals_never = true;
+}
+
+bool signals_in_library_thread(void)
+{
+    return signals_never;
 }
 
 void signals_block(void)
@@ -72,9 +78,9 @@ THREAD_LOCAL bool reporting; /* the report itself takes locks */
 static const char *rank_name(enum lock_rank rank)
 {
     static const char *const names[] = {
-        [RANK_MANAGER] = "manager", [RANK_AS] = "address-space", [RANK_BLOCK] = "block", [RANK_NOTIFIER] = "notifier",
-        [RANK_DRIVER] = "driver",   [RANK_PAGEMAP] = "pagemap",  [RANK_JOBS] = "jobs",   [RANK_QUEUE] = "queue",
-        [RANK_ALLOC] = "allocator", [RANK_LOG] = "log",
+        [RANK_MANAGER] = "manager",   [RANK_AS] = "address-space", [RANK_BLOCK] = "block",     [RANK_CHANGING] = "changing",
+        [RANK_NOTIFIER] = "notifier", [RANK_DRIVER] = "driver",    [RANK_PAGEMAP] = "pagemap", [RANK_JOBS] = "jobs",
+        [RANK_QUEUE] = "queue",       [RANK_ALLOC] = "allocator",  [RANK_LOG] = "log",
     };
     return names[rank];
 }
@@ -185,12 +191,38 @@ void mutex_destroy(struct mutex *l)
     pthread_mutex_destroy(&l->m);
 }
 
-void mutex_lock(struct mutex *l)
+static void before_taking(enum lock_rank rank)
 {
     signals_block();
-    check_take(l->rank);
+    check_take(rank);
+    if (__builtin_expect(lock_delay != NULL, 0))
+        lock_delay(rank, false);
+}
+
+static void taken(enum lock_rank rank)
+{
+    set_held(rank);
+    if (__builtin_expect(lock_delay != NULL, 0))
+        lock_delay(rank, true);
+}
+
+void mutex_lock(struct mutex *l)
+{
+    before_taking(l->rank);
     pthread_mutex_lock(&l->m);
+    taken(l->rank);
+}
+
+bool mutex_trylock(struct mutex *l)
+{
+    signals_block();
+    if (pthread_mutex_trylock(&l->m)) {
+        signals_unblock();
+        return false;
+    }
+    check_take(l->rank);
     set_held(l->rank);
+    return true;
 }
 
 void mutex_unlock(struct mutex *l)
@@ -203,9 +235,14 @@ void mutex_unlock(struct mutex *l)
 
 void mutex_wait(struct mutex *l, const uint32_t *word, uint32_t seen)
 {
+    mutex_wait_timeout(l, word, seen, -1);
+}
+
+void mutex_wait_timeout(struct mutex *l, const uint32_t *word, uint32_t seen, int64_t timeout_ns)
+{
     check_wait(l->rank);
     mutex_unlock(l);
-    futex_wait(word, seen, -1);
+    futex_wait(word, seen, timeout_ns);
     mutex_lock(l);
 }
 
@@ -231,10 +268,9 @@ void rwlock_destroy(struct rwlock *l)
 
 void rwlock_read_lock(struct rwlock *l)
 {
-    signals_block();
-    check_take(l->rank);
+    before_taking(l->rank);
     pthread_rwlock_rdlock(&l->rw);
-    set_held(l->rank);
+    taken(l->rank);
 }
 
 void rwlock_read_unlock(struct rwlock *l)
@@ -247,10 +283,9 @@ void rwlock_read_unlock(struct rwlock *l)
 
 void rwlock_write_lock(struct rwlock *l)
 {
-    signals_block();
-    check_take(l->rank);
+    before_taking(l->rank);
     pthread_rwlock_wrlock(&l->rw);
-    set_held(l->rank);
+    taken(l->rank);
 }
 
 void rwlock_write_unlock(struct rwlock *l)

@@ -4,7 +4,7 @@
  * block locks are taken in ascending address order under RANK_BLOCK. Checked in debug builds (HMM_LOCK_CHECK); a violation
  * is reported through lock_report and counted, never aborts.
  *
- *   address space (RANK_AS) -> block -> notifier -> driver -> pagemap -> jobs -> queue -> allocator -> log
+ *   address space (RANK_AS) -> block -> changing -> notifier -> driver -> pagemap -> jobs -> queue -> allocator -> log
  *
  * Which ranks a thread holds is kept in every build: hmm_log() must know, because the program's callback may touch managed
  * memory and so must not run under a lock of ours.
@@ -24,11 +24,13 @@
 void signals_block(void);
 void signals_unblock(void);
 void signals_library_thread(void);
+bool signals_in_library_thread(void);
 
 enum lock_rank {
     RANK_MANAGER = 1, /* opening and closing; outermost, held while threads start and stop */
     RANK_AS,          /* address space */
     RANK_BLOCK,
+    RANK_CHANGING, /* the map of memory that changes may matter to */
     RANK_NOTIFIER,
     RANK_DRIVER,
     RANK_PAGEMAP,
@@ -52,10 +54,14 @@ void mutex_init(struct mutex *l, enum lock_rank rank);
 void mutex_destroy(struct mutex *l);
 void mutex_lock(struct mutex *l);
 void mutex_unlock(struct mutex *l);
+/* False: somebody has it. */
+bool mutex_trylock(struct mutex *l);
 
 /* Waits for *word to differ from seen, releasing l meanwhile; spurious returns allowed. With mutex_wake_all() by whoever
  * changed *word under l. A futex underneath: no memory per waiter. No other lock between RANK_MANAGER and l is held. */
 void mutex_wait(struct mutex *l, const uint32_t *word, uint32_t seen);
+/* The same, for timeout_ns at most; < 0: for ever. */
+void mutex_wait_timeout(struct mutex *l, const uint32_t *word, uint32_t seen, int64_t timeout_ns);
 /* Wakes every mutex_wait() on word. After *word changed, under l or later; the word need not exist any more. */
 void mutex_wake_all(const uint32_t *word);
 
@@ -82,6 +88,10 @@ void lock_assert_held(enum lock_rank rank);
 void lock_assert_none(void);
 /* In a child of fork: the calling thread holds nothing. */
 void lock_forget(void);
+
+/* For tests: called before each lock is taken, and when it has been (`taken`); may sleep, and takes no lock. Set while no other thread
+ * runs; NULL: nothing. */
+extern void (*lock_delay)(enum lock_rank rank, bool taken);
 
 /* Number of rank violations seen so far, and where reports go (set once, before threads). */
 extern uint64_t lock_violations;

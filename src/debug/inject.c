@@ -17,6 +17,7 @@
 
 #include "base/alloc.h"
 #include "base/error.h"
+#include "base/lock.h"
 #include "debug/inject.h"
 
 /* Failures that are not an error code. */
@@ -38,6 +39,8 @@ struct site {
 enum site_id {
     UFFD_OPEN,
     UFFD_REGISTER,
+    UFFD_WATCH,
+    UFFD_WATCHED,
     UFFD_UNREGISTER,
     UFFD_COPY,
     UFFD_ZEROPAGE,
@@ -67,6 +70,7 @@ enum site_id {
     DRIVER_SUBMIT,
     DRIVER_OTHER,
     POINT,
+    LOCK,
     SITES,
 };
 
@@ -74,6 +78,8 @@ static struct site sites[SITES] = {
     [UFFD_OPEN] = {"uffd_open", INJECT_OS, true, {-EPERM, -ENOSYS, -EMFILE, -ENOMEM}, 0},
     /* The limit of mappings; another userfaultfd of the program; a mapping that changed since it was looked at. */
     [UFFD_REGISTER] = {"uffd_register", INJECT_OS, false, {-ENOMEM, -EBUSY, -EINVAL}, 0},
+    [UFFD_WATCH] = {"uffd_watch", INJECT_OS, false, {-ENOMEM, -EBUSY, -EINVAL}, 0},
+    [UFFD_WATCHED] = {"uffd_watched", INJECT_OS, false, {-EAGAIN, -ENOENT}, 0},
     [UFFD_UNREGISTER] = {"uffd_unregister", INJECT_OS, false, {-ENOMEM}, 0},
     [UFFD_COPY] = {"uffd_copy", INJECT_OS, false, {-EAGAIN, -ENOMEM, SHORT}, 0},
     [UFFD_ZEROPAGE] = {"uffd_zeropage", INJECT_OS, false, {-EAGAIN, -ENOMEM, SHORT}, 0},
@@ -103,6 +109,7 @@ static struct site sites[SITES] = {
     [DRIVER_SUBMIT] = {"submit", INJECT_DRIVER, false, {-EBUSY}, 0},
     [DRIVER_OTHER] = {"driver", INJECT_DRIVER, false, {-EIO}, 0},
     [POINT] = {"sequence point", INJECT_DELAY, false, {0}, 0},
+    [LOCK] = {"lock", INJECT_DELAY, false, {0}, 0},
 };
 
 static struct inject_config config;
@@ -168,6 +175,20 @@ static int inj_uffd_register(int uffd, uintptr_t start, size_t len)
     int f = fails(UFFD_REGISTER);
 
     return f ? f : real->uffd_register(uffd, start, len);
+}
+
+static int inj_uffd_watch(int uffd, uintptr_t start, size_t len)
+{
+    int f = fails(UFFD_WATCH);
+
+    return f ? f : real->uffd_watch(uffd, start, len);
+}
+
+static int inj_uffd_watched(int uffd, uintptr_t start, size_t len)
+{
+    int f = fails(UFFD_WATCHED);
+
+    return f ? f : real->uffd_watched(uffd, start, len);
 }
 
 static int inj_uffd_unregister(int uffd, uintptr_t start, size_t len)
@@ -291,7 +312,7 @@ static int inj_advise(void *addr, size_t len, int advice)
 
     if (advice == OS_ADVISE_DONTFORK || advice == OS_ADVISE_DOFORK)
         f = fails(ADVISE_FORK);
-    else if (advice == OS_ADVISE_POPULATE_WRITE)
+    else if (advice == OS_ADVISE_POPULATE_WRITE || advice == OS_ADVISE_POPULATE_READ)
         f = fails(ADVISE_POPULATE);
     return f ? f : real->advise(addr, len, advice);
 }
@@ -341,6 +362,8 @@ static void wrap(void)
     wrapped = *real;
     wrapped.uffd_open = inj_uffd_open;
     wrapped.uffd_register = inj_uffd_register;
+    wrapped.uffd_watch = inj_uffd_watch;
+    wrapped.uffd_watched = inj_uffd_watched;
     wrapped.uffd_unregister = inj_uffd_unregister;
     wrapped.uffd_copy = inj_uffd_copy;
     wrapped.uffd_zeropage = inj_uffd_zeropage;
@@ -383,6 +406,23 @@ int inject_driver(const char *op)
     return fails(id);
 }
 
+/* ---- delays ---- */
+
+/* Mostly short, now and then as long as a scheduler's slice: both sorts of race are hit. */
+static uint64_t delay_ns(uint64_t hash)
+{
+    return hash % 32 == 0 ? 4000000 : hash / 32 % 200000;
+}
+
+/* At each lock, before it is taken and while it is held. Shorter than at sequence points, which are fewer. */
+static void delay_lock(enum lock_rank rank, bool taken)
+{
+    uint64_t hash = decision(LOCK, __atomic_fetch_add(&sites[LOCK].calls, 1, __ATOMIC_RELAXED), 2 * (uint64_t)rank + taken);
+
+    if (hash % 1000 < config.permille[INJECT_DELAY])
+        os_sleep(delay_ns(hash / 1000) / 8);
+}
+
 /* ---- start and stop ---- */
 
 void inject_start(const struct inject_config *c)
@@ -398,8 +438,10 @@ void inject_start(const struct inject_config *c)
     wrap();
     os = &wrapped;
     mem_fail = alloc_fails;
-    if (config.permille[INJECT_DELAY])
+    if (config.permille[INJECT_DELAY]) {
         __atomic_store_n(&inject_points_on, 1, __ATOMIC_RELAXED);
+        lock_delay = delay_lock;
+    }
     hmm_log(HMM_LOG_INFO, "inject: seed %llu, per mille: system calls %u, memory %u, drivers %u, delays %u; failing call %llu",
             (unsigned long long)config.seed, config.permille[INJECT_OS], config.permille[INJECT_ALLOC],
             config.permille[INJECT_DRIVER], config.permille[INJECT_DELAY], (unsigned long long)config.fail_nth);
@@ -411,6 +453,7 @@ void inject_stop(void)
         return;
     __atomic_store_n(&inject_points_on, inject_point_hook != NULL, __ATOMIC_RELAXED);
     mem_fail = NULL;
+    lock_delay = NULL;
     os = real;
     real = NULL;
 }
@@ -464,12 +507,6 @@ static uint64_t name_hash(const char *name)
     for (; *name; name++)
         h = (h ^ (unsigned char)*name) * 0x100000001b3;
     return h;
-}
-
-/* Mostly short, now and then as long as a scheduler's slice: both sorts of race are hit. */
-static uint64_t delay_ns(uint64_t hash)
-{
-    return hash % 32 == 0 ? 4000000 : hash / 32 % 200000;
 }
 
 void inject_point_slow(const char *point)

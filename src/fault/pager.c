@@ -9,30 +9,32 @@
 #include <errno.h>
 #include <string.h>
 
-#include "base/alloc.h"
 #include "debug/inject.h"
 #include "fault/bring.h"
 #include "fault/failing.h"
 #include "fault/fault.h"
 #include "migrate/migrate.h"
+#include "migrate/staging.h"
 #include "mm/thread.h"
+#include "os/own.h"
 #include "policy/policy.h"
 
 #define FAULTS 64
 #define FOLLOW_EVERY 64 /* faults between two looks */
 #define INLINE_PAGES 16 /* more is a worker's: the reader must get back to reading */
-#define ZERO_PAGES 16   /* absent pages given at once */
+#define LIMBO_WORKERS 3 /* one lands what events left to do; so many less one may hang in a device before all do */
 
 static struct {
     struct hmm_thread *reader;
-    struct workers limbo_worker; /* one: batches land in order, and behind nobody who waits for them */
+    struct workers limbo_worker; /* lands batches, behind nobody who waits for them */
+    uint32_t limbo_waits;        /* atomic: one of them waits to see whether a batch may be overtaken */
     struct work limbo_work;
     int stop_fd;
     struct flight *flight; /* the reader's own */
-    struct policy_streams streams;
+    struct policy_streams streams, zero_streams;
     unsigned since_look;
     int bound_cpu;
-    char *zeros;
+    void *zeros; /* a block of own memory that is never written: reading it costs no cache */
 } pager;
 
 static struct mm *pager_mm;
@@ -48,8 +50,17 @@ static void land_limbo(struct work *work, unsigned worker)
 {
     (void)work;
     (void)worker;
-    for (struct limbo *l; (l = mm_limbo_take(pager_mm)) != NULL;)
-        mm_limbo_land(pager_mm, l);
+    for (bool later;;) {
+        struct limbo *l = mm_limbo_take(pager_mm, &later);
+        if (l) {
+            mm_limbo_land(pager_mm, l);
+            continue;
+        }
+        if (!later || __atomic_exchange_n(&pager.limbo_waits, 1, __ATOMIC_ACQ_REL))
+            break;
+        os_sleep(LIMBO_LATE_NS);
+        __atomic_store_n(&pager.limbo_waits, 0, __ATOMIC_RELEASE);
+    }
 }
 
 static void limbo_ready(struct mm *mm)
@@ -79,49 +90,43 @@ static unsigned absent_pages(struct mm *mm, uintptr_t addr, unsigned n)
     return end > addr ? (unsigned)((end - addr) >> os_page_shift()) : 1;
 }
 
-/* Gives zeros to absent pages from addr on. Caller holds mm->as shared and, where there is a block, its lock. Returns bytes given
- * or an error. */
-static int64_t give_zeros(struct mm *mm, const struct block *b, const struct fault *ft)
+/* Pages from addr on that may be filled: of its block and region, up to the next that is away. */
+static unsigned fillable(const struct block *b, const struct region *r, uintptr_t addr)
 {
-    unsigned n = 1;
-    unsigned i = block_index(ft->addr);
-    while (b && n < ZERO_PAGES && i + n < block_pages() && block_is_armed(b, i + n, 1) && !block_entry(b, i + n))
+    unsigned i = block_index(addr), n = 1, most = block_pages() - i;
+    if (r->end - addr < page_bytes(most))
+        most = (r->end - addr) >> os_page_shift();
+    while (n < most && b->used && !block_entry(b, i + n))
         n++;
-    if (ft->write)
-        n = absent_pages(mm, ft->addr, n);
-    int64_t r = zeros_at(mm, ft, n);
-    if (r == -ENOENT || r == -EINVAL) /* they may span two mappings */
-        r = zeros_at(mm, ft, 1);
-    if (r > 0)
-        stat_add(&mm->stats.zero_filled, r >> os_page_shift());
-    return r;
+    return b->used ? n : most;
 }
 
-/* Unregisters what the mapping has in this block: it grew in place by mremap, which raises no event (design fact 15), or
- * disarming it did not succeed. Where that is refused the page gets zeros, so that the touch ends. Caller: mm->as exclusive. */
-static void release_unknown(struct mm *mm, const struct fault *ft)
+/* Gives zeros to absent pages from the fault on, the more the longer a walk goes on: registered memory that was never touched costs a
+ * fault per window. Caller holds mm->as shared and the block's lock. Returns the pages given, or an error. */
+static int give_zeros(struct mm *mm, const struct block *b, const struct region *r, const struct fault *ft)
 {
-    struct os_vma vma;
-    if (os->vma_query(mm->maps_fd, ft->addr, &vma) || vma.start > ft->addr)
-        return;
-    uintptr_t block_end = (ft->addr | ~BLOCK_MASK) + 1, end = vma.end < block_end ? vma.end : block_end;
-    if (os->uffd_unregister(mm->uffd.fd, ft->addr, end - ft->addr))
-        give_zeros(mm, NULL, ft);
+    uintptr_t number = ft->addr >> os_page_shift();
+    struct policy_zero_fault in = {number, fillable(b, r, ft->addr), block_pages()};
+    unsigned n = absent_pages(mm, ft->addr, policy_zero_fault(&pager.zero_streams, &in));
+    int64_t given = zeros_at(mm, ft, n);
+    if (given == -ENOENT || given == -EINVAL) /* they may span two mappings */
+        given = zeros_at(mm, ft, 1);
+    if (given <= 0) {
+        policy_zero_given(&pager.zero_streams, number, 0);
+        return (int)given;
+    }
+    n = given >> os_page_shift();
+    mm_dropped(mm, ft->addr, ft->addr + given);
+    policy_zero_given(&pager.zero_streams, number, n);
+    stat_add(&mm->stats.zero_filled, n);
+    return (int)n;
 }
 
-/* An absent page in memory of which nothing is away: give the kernel its faults back. */
-static void serve_unmanaged(struct mm *mm, const struct fault *ft)
+/* Nothing of it is away: the kernel gets its faults back. */
+static void serve_unused(struct mm *mm, const struct fault *ft)
 {
-    rwlock_write_lock(&mm->as);
-    struct block *b = pagetable_find(&mm->pt, ft->addr);
-    bool pending = os->uffd_pending(mm->uffd.fd) != 0;
-    if (b && b->used == 0)
-        mm_disarm(mm, b);
-    else if (!b && !pending)
-        release_unknown(mm, ft);
-    rwlock_write_unlock(&mm->as);
-    if (pending)
-        os_sleep(20000);
+    if (!mm_fault_unused(mm, ft->addr))
+        os_sleep(20000); /* an event is pending, and outlives its reading (design fact 6) */
     os->uffd_wake(mm->uffd.fd, ft->addr, os_page_size());
 }
 
@@ -157,44 +162,71 @@ static struct window choose_window(const struct block *b, uintptr_t addr, entry_
     return (struct window){b->base + page_bytes(r.first), b->base + page_bytes(r.end)};
 }
 
-static void serve(struct mm *mm, const struct fault *ft)
+struct served {
+    enum { ASLEEP, WAKE, RETRY, UNUSED, DEVICE } todo;
+    unsigned pages;  /* WAKE */
+    struct window w; /* DEVICE */
+};
+
+/* Caller holds the block's lock; e is the entry of addr, and not NONE. */
+static struct served look_at_entry(const struct block *b, uintptr_t addr, entry_t e)
 {
-    enum { NOTHING, WAKE, RETRY, UNMANAGED, DEVICE } todo = NOTHING;
-    struct window w = {0};
-    rwlock_read_lock(&mm->as);
+    switch (entry_kind(e)) {
+    case ENTRY_DEVICE: return (struct served){.todo = DEVICE, .w = choose_window(b, addr, e)};
+    case ENTRY_FLIGHT: return (struct served){.todo = ASLEEP}; /* whoever lands it wakes the thread */
+    default: return (struct served){.todo = WAKE, .pages = 1};
+    }
+}
+
+/* Caller holds mm->as shared. There was no entry: where pages of the region are away there is a block, for its lock, even where none of
+ * them is in it. */
+static struct served look_at_absent(struct mm *mm, const struct fault *ft)
+{
+    struct region *r = region_find(&mm->regions, ft->addr);
+    if (!r || !mm_is_away(mm, r))
+        return (struct served){.todo = UNUSED};
+    struct block *b = pagetable_get(&mm->pt, ft->addr);
+    if (!b)
+        return (struct served){.todo = RETRY};
+    mutex_lock(&b->lock);
+    /* Taken meanwhile: the touch is tried again. */
+    int given = block_entry(b, block_index(ft->addr)) ? 1 : give_zeros(mm, b, r, ft);
+    mutex_unlock(&b->lock);
+    if (given == -EAGAIN || given == -ENOMEM)
+        return (struct served){.todo = RETRY};
+    return (struct served){.todo = WAKE, .pages = given > 0 ? given : 1};
+}
+
+/* Caller holds mm->as shared. */
+static struct served look(struct mm *mm, const struct fault *ft)
+{
     struct block *b = pagetable_find(&mm->pt, ft->addr);
-    if (!b) {
-        todo = UNMANAGED;
-    } else {
+    if (b) {
         mutex_lock(&b->lock);
         entry_t e = block_entry(b, block_index(ft->addr));
-        switch (entry_kind(e)) {
-        case ENTRY_NONE:
-            if (b->used == 0) {
-                todo = UNMANAGED;
-            } else {
-                int64_t r = give_zeros(mm, b, ft);
-                todo = r == -EAGAIN || r == -ENOMEM ? RETRY : WAKE;
-            }
-            break;
-        case ENTRY_DEVICE:
-            w = choose_window(b, ft->addr, e);
-            todo = DEVICE;
-            break;
-        case ENTRY_POISON: todo = WAKE; break;
-        case ENTRY_FLIGHT: break; /* whoever lands it wakes the thread */
-        }
+        struct served s = e ? look_at_entry(b, ft->addr, e) : (struct served){0};
         mutex_unlock(&b->lock);
+        if (e)
+            return s;
     }
+    return look_at_absent(mm, ft);
+}
+
+static void serve(struct mm *mm, const struct fault *ft)
+{
+    if (staging_touched(mm, ft->addr))
+        return;
+    rwlock_read_lock(&mm->as);
+    struct served s = look(mm, ft);
     rwlock_read_unlock(&mm->as);
-    switch (todo) {
-    case UNMANAGED: serve_unmanaged(mm, ft); break;
-    case DEVICE: serve_device_page(mm, w, ft->addr); break;
+    switch (s.todo) {
+    case UNUSED: serve_unused(mm, ft); break;
+    case DEVICE: serve_device_page(mm, s.w, ft->addr); break;
     case RETRY:
         os_sleep(20000); /* an event is pending, and outlives its reading (design fact 6) */
         /* fall through */
-    case WAKE: os->uffd_wake(mm->uffd.fd, ft->addr, page_bytes(ZERO_PAGES)); break;
-    case NOTHING: break;
+    case WAKE: os->uffd_wake(mm->uffd.fd, ft->addr, page_bytes(s.pages ? s.pages : 1)); break;
+    case ASLEEP: break;
     }
 }
 
@@ -213,7 +245,7 @@ static void follow(uint32_t tid)
 static void name_culprit(const struct fault *ft)
 {
     const char *name = thread_holding_locks(ft->tid);
-    if (name)
+    if (name && os->thread_in_fault((pid_t)ft->tid) == 1) /* else somebody has woken it already, and it has the lock since */
         hmm_log(HMM_LOG_ERROR, "bug: library thread %s touched managed memory at %#lx while it held a lock", name,
                 (unsigned long)ft->addr);
 }
@@ -266,12 +298,14 @@ int fault_start(struct mm *mm, unsigned n)
     pager.bound_cpu = -1;
     work_init(&pager.limbo_work, land_limbo);
     int r = -ENOMEM;
-    pager.zeros = mem_alloc(page_bytes(ZERO_PAGES));
     pager.flight = flight_new(mm);
-    if (!pager.zeros || !pager.flight)
-        goto free;
+    if (!pager.flight)
+        goto fail;
+    r = own_map(OS_BLOCK_SIZE, OS_BLOCK_SIZE, OS_MAP_NOHUGE, &pager.zeros);
+    if (r)
+        goto fail;
     mm->limbo_ready = limbo_ready;
-    r = workers_start(&pager.limbo_worker, "hmm-limbo", 1);
+    r = workers_start(&pager.limbo_worker, "hmm-limbo", LIMBO_WORKERS);
     if (r)
         goto free;
     r = bring_start(mm, n);
@@ -292,7 +326,8 @@ stop_bring:
 stop_limbo:
     workers_stop(&pager.limbo_worker);
 free:
-    mem_free(pager.zeros, page_bytes(ZERO_PAGES));
+    own_unmap(pager.zeros, OS_BLOCK_SIZE);
+fail:
     return hmm_fail(r, "the fault threads cannot be started: %s", hmm_strerror(r));
 }
 
@@ -303,5 +338,5 @@ void fault_stop(void)
     bring_stop();
     workers_stop(&pager.limbo_worker); /* it lands what the last events left */
     threads_call(close_stop, NULL);
-    mem_free(pager.zeros, page_bytes(ZERO_PAGES));
+    own_unmap(pager.zeros, OS_BLOCK_SIZE);
 }

@@ -30,10 +30,20 @@ static void __attribute__((format(printf, 2, 3))) violation(struct audit *a, con
     hmm_log(HMM_LOG_ERROR, "audit: %s", line);
 }
 
+/* Without registration a touch of it would give zeros. */
+static void audit_region(struct audit *a, uintptr_t addr)
+{
+    const struct region *r = region_find(&a->mm->regions, addr);
+    if (!r || !r->missing)
+        violation(a, "page %#lx is away, and its memory is not registered", (unsigned long)addr);
+}
+
 static void audit_entry(struct audit *a, const struct block *b, unsigned i)
 {
     entry_t e = block_entry(b, i);
     uintptr_t addr = block_addr(b, i);
+    if (e)
+        audit_region(a, addr);
     if (entry_kind(e) == ENTRY_DEVICE) {
         struct pagemap *pm = pagemap_by_id(entry_id(e));
         a->entries++;
@@ -96,6 +106,8 @@ int inspect_audit(struct mm *mm, void (*each_pagemap)(void (*fn)(struct pagemap 
             audit_entry(&a, b, i);
         audit_missing(&a, b);
     }
+    if (!regions_are_valid(&mm->regions))
+        violation(&a, "the tree of regions is not valid");
     if (!notifier_tree_is_valid(&mm->notifiers))
         violation(&a, "the notifier tree is not valid");
     each_pagemap(audit_pagemap, &a);

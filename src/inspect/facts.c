@@ -36,7 +36,7 @@ static const struct fact facts[] = {
     {fact_move_gate, "4: a pending event holds off MOVE on its own userfaultfd, and on no other",
      "pages are taken through the program's own userfaultfd, with staging registered there too"},
     {fact_remove_early, "5: the event of MADV_DONTNEED is read before the pages go",
-     "the reader moves them into a discard area itself before it lets go of the lock"},
+     "what is present in the range is not taken before it was seen to be gone"},
     {fact_again_outlives, "6: EAGAIN outlives the reading of the event",
      "everything is let go, then a sleep, then another try"},
     {fact_order, "7: events of different threads may be read out of order",
@@ -53,9 +53,9 @@ static const struct fact facts[] = {
     {fact_read_only, "13: a read-only page under write-protect raises a fault when it is written after mprotect",
      "read-only pages stay in system memory; to duplicate them would rest on this"},
     {fact_growth, "15: growing in place by mremap extends the registration without an event",
-     "a fault outside the known ranges of a mapping is given zeros"},
+     "a fault outside of what is known to be registered makes it known, or unregisters it"},
     {fact_one_owner, "16: a mapping belongs to one userfaultfd, and registrations use up vm.max_map_count",
-     "memory that another userfaultfd has stays in system memory and is counted; whole blocks are registered"},
+     "memory that another userfaultfd has stays in system memory and is counted; whole mappings are registered"},
     {fact_thread_exit, "17: the kernel writes at thread exit without faulting missing pages in",
      "pages with thread control blocks never leave; get_robust_list finds them"},
     {fact_system_calls, "18: system calls and process_vm_readv fault missing pages in, /proc/PID/mem does not",
@@ -67,6 +67,10 @@ static const struct fact facts[] = {
     {fact_move_huge, "20: a huge page is moved whole", "blocks that came as a huge page go home as one"},
     {fact_poison, "21: a poisoned page is SIGBUS until its content is dropped, whatever becomes of the userfaultfd",
      "what was lost with a device never reads as zeros"},
+    {fact_modes, "22: MISSING and WP mode replace each other in one step; WP mode raises events and no faults",
+     "memory that is only mirrored is watched at no cost, and no event is missed when it changes to being away and back"},
+    {fact_remap_leaves, "23: mremap tells of the unmap of the old place after the remap, except with MREMAP_DONTUNMAP",
+     "the old place stays known until then: an unmap that another remap onto it has overtaken is owed"},
 };
 
 /* ---- in the child ---- */

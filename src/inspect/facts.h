@@ -92,5 +92,7 @@ void fact_thread_exit(void);
 void fact_system_calls(void);
 void fact_mlockall(void);
 void fact_poison(void);
+void fact_modes(void);
+void fact_remap_leaves(void);
 
 #endif

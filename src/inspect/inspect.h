@@ -9,7 +9,7 @@
 int inspect_query(struct mm *mm, uintptr_t start, uintptr_t end, struct hmm_page_info *pages,
                   hmm_dev (*handle)(const struct hmm_device *));
 
-/* All fields but the two about devices. */
+/* All fields but descriptor_bytes. */
 void inspect_stats(struct mm *mm, struct hmm_stats *stats);
 
 struct audit_report {

@@ -98,8 +98,25 @@ void inspect_stats(struct mm *mm, struct hmm_stats *s)
     COPY(retries);
     COPY(rollbacks);
     COPY(pinned);
+    COPY(events_fork);
+    COPY(calls_unmap);
+    COPY(calls_remove);
+    COPY(calls_remap);
+    COPY(calls_protect);
+    COPY(calls_fork);
+    COPY(calls_release);
+    COPY(forks);
+    COPY(pages_to_children);
+    COPY(poisoned);
+    COPY(limited);
+    COPY(transit_pages);
 #undef COPY
     s->invalidations = read_counter(&mm->notifiers.callbacks);
+    s->invalidations_refused = read_counter(&mm->notifiers.refused);
+    s->invalidation_ns = read_counter(&mm->notifiers.callback_ns);
+    s->mirrored_bytes = read_counter(&mm->notifiers.bytes);
+    s->device_pages = pagemap_total_used();
+    s->limit_bytes = pagemap_total_limit() << os_page_shift();
     s->metadata_bytes = read_counter(&mm->pt.bytes);
     s->blocks = read_counter(&mm->pt.blocks);
     s->staging_bytes = staging_bytes();

@@ -23,14 +23,18 @@ struct window {
 /* What depart_to_device() could not do, for its caller to mend. */
 struct obstacle {
     uint64_t lacking;  /* -ENOSPC: device pages short */
+    uint64_t limited;  /* 0 or 1 returned: of the pages that found no room, those that a limit left none for */
     uint32_t landings; /* -EBUSY: pages are in flight; flight_wait() for this */
+    bool unshared;     /* in: what was pinned may have been shared by fork, but was populated since: it counts as pinned now */
+    uint64_t shared[BLOCK_PAGES_MAX / 64]; /* -ESTALE: bit per page of the block: pages that are pinned, or shared by fork */
 };
 
 /*
  * Starts the migration of a window; f has an empty staging slot. 0: f is under way, to be landed. 1: nothing to move; f and its slot are unused, all pages are counted in res.
- * Failures leave every page where it was and count nothing; f->staging is NULL if the slot
- * was used and is given back: -ENOSPC the device is full (unless `partial`, then it takes what it
- * can), -EBUSY pages are in flight elsewhere, -EXDEV pages are on another device (bring them home first), -ENOMEM, or the
+ * -ESTALE: pages may be shared by fork: take_unshare() with nothing in flight, since populating them may wait for any page of them that
+ * has left meanwhile, and so for other flights; then again. Failures leave every page where it was and count nothing; f->staging is NULL if the slot
+ * was used and is given back: -ENOSPC the device is full, or at a limit (unless `partial`, then it takes what it
+ * can, and counts the rest as busy), -EBUSY pages are in flight elsewhere, -EXDEV pages are on another device (bring them home first), -ENOMEM, or the
  * driver's error. With `settle` pages in flight or elsewhere are counted as busy instead.
  */
 int depart_to_device(struct mm *mm, struct flight *f, struct hmm_device *dev, struct window w, const struct tcb_list *tcbs,
@@ -85,7 +89,9 @@ void clear_entries(struct mm *mm, struct flight *f);
 void free_done(struct flight *f);
 /* Wakes CPU faults asleep on the pages, and everyone who waits for a landing. To be called with home[] as published. */
 void wake_homes(struct mm *mm, struct flight *f);
-/* The same, but for faults asleep where the pages departed from: the caller wakes those. */
+/* Gives back what is not needed any more where the pages departed from. */
+void trim_window(struct mm *mm, const struct flight *f);
+/* The same as wake_homes(), but for faults asleep where the pages departed from: the caller wakes those. */
 void wake_moved(struct mm *mm, struct flight *f);
 
 /* ---- whole ranges ---- */

@@ -10,6 +10,7 @@
 
 #include "debug/inject.h"
 #include "migrate/migrate.h"
+#include "migrate/staging.h"
 
 /* Longest hold of the shared lock for copies: the reader waits for us. MOVE is quick and takes whole blocks. */
 #define COPY_PAGES 32
@@ -61,7 +62,8 @@ static int try_run(struct mm *mm, struct flight *f, struct put_source src, unsig
         return r > 0 ? (int)(r >> os_page_shift()) : (int)r;
     }
     const char *from = source_of(f, src, i);
-    if (src.slot) {
+    bool may_move = mutate("fork-slot") || !((mm->forking && f->staging) || staging_is_kept(src.slot));
+    if (src.slot && may_move) {
         int64_t r = os->uffd_move(mm->uffd.fd, f->home[i], (uintptr_t)from, page_bytes(n));
         int k = r == (int64_t)page_bytes(n) ? (int)n : gone_from_slot(mm, (uintptr_t)from, n);
         *moved = k > 0;
@@ -104,6 +106,13 @@ static void settle_run(struct flight *f, struct block *b, unsigned i, unsigned n
     }
 }
 
+/* A fork() under way may have copied the address space before the pages came home. */
+static void tell_fork(struct mm *mm, const struct flight *f, struct put_source src, unsigned i, unsigned n)
+{
+    for (unsigned k = i; mm->forking && !is_lost(src) && k < i + n; k++)
+        mm->fork->arrived(mm, f, k, f->staging ? src.slot : NULL);
+}
+
 /* What to do about a run that the kernel refused: 0 try again, else give up for now. */
 static int refused(struct mm *mm, struct flight *f, struct block *b, unsigned i, int err)
 {
@@ -134,7 +143,7 @@ static int refused(struct mm *mm, struct flight *f, struct block *b, unsigned i,
     if (os->uffd_pending(mm->uffd.fd) != 0)
         return -EAGAIN;
     /* The registration is gone (another userfaultfd, an unregistering call): take it again. */
-    return os->uffd_register(mm->uffd.fd, home, os_page_size()) ? -EAGAIN : 0;
+    return mm_register_again(mm, home) ? -EAGAIN : 0;
 }
 
 /* One run, from page i: how many pages are settled, or an error. */
@@ -154,7 +163,10 @@ static int put_step(struct mm *mm, struct flight *f, struct put_source src, unsi
     bool moved;
     r = put_run(mm, f, src, i, n, &moved);
     if (r > 0) {
+        tell_fork(mm, f, src, i, r);
         settle_run(f, b, i, r, is_lost(src) ? entry_make(ENTRY_POISON, 0, 0) : 0);
+        if (is_lost(src))
+            stat_add(&mm->stats.poisoned, r);
         if (moved && f->huge && (unsigned)r == block_pages())
             stat_add(&mm->stats.huge_to_system, 1);
     } else {
@@ -235,6 +247,11 @@ void free_done(struct flight *f)
             page_set_owner(&f->dev->pagemap->pages[f->page[i] + k], 0);
         pagemap_put(f->dev->pagemap, f->page[i], n);
     }
+}
+
+void trim_window(struct mm *mm, const struct flight *f)
+{
+    mm_trim(mm, f->base + page_bytes(f->first), f->base + page_bytes(f->end));
 }
 
 void wake_moved(struct mm *mm, struct flight *f)

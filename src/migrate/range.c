@@ -8,6 +8,7 @@
 #include "base/alloc.h"
 #include "migrate/migrate.h"
 #include "migrate/staging.h"
+#include "migrate/take.h"
 
 #define DEPTH 4      /* flights in the air per caller */
 #define TRIES_MAX 64 /* for pages that others keep in flight; then they are counted as busy */
@@ -76,14 +77,17 @@ static struct flight *get_flight(struct pipeline *p, int *err)
 }
 
 /* What stood in the way of a window, with nothing held. 0: try again. */
-static int mend(struct pipeline *p, struct window w, int obstacle, uint32_t landings)
+static int mend(struct pipeline *p, struct window w, int obstacle, const struct obstacle *o)
 {
     int r = land_all(p); /* our own flights may be what stands there */
     if (r)
         return r;
     if (obstacle == -EXDEV) /* device to device goes through system memory for now */
         return migrate_range_to_system(p->mm, NULL, w.start, w.end, NULL);
-    flight_wait(p->mm, landings);
+    if (obstacle == -ESTALE)
+        take_unshare(w.start & BLOCK_MASK, o->shared);
+    else
+        flight_wait(p->mm, o->landings);
     return 0;
 }
 
@@ -91,10 +95,11 @@ int migrate_range_to_device(struct mm *mm, struct cursor *c)
 {
     struct pipeline p = {.mm = mm, .res = c->res};
     int r = 0;
+    bool unshared = false; /* in this window */
     for (unsigned tries = 0; c->at < c->end && r >= 0;) {
         uintptr_t block_end = (c->at & BLOCK_MASK) + OS_BLOCK_SIZE;
         struct window w = {c->at, block_end < c->end ? block_end : c->end};
-        struct obstacle o = {0};
+        struct obstacle o = {.unshared = unshared};
         r = 0;
         struct flight *f = get_flight(&p, &r);
         if (!f)
@@ -104,15 +109,16 @@ int migrate_range_to_device(struct mm *mm, struct cursor *c)
             p.air[p.n++] = f;
         else
             give_back(mm, f);
-        if (r == -EBUSY || r == -EXDEV) {
+        if (r == -EBUSY || r == -EXDEV || r == -ESTALE) {
             bool own = p.n > 0;
-            tries++;
-            r = r == -EBUSY && own ? land_all(&p) : mend(&p, w, r, o.landings);
+            tries += r != -ESTALE;
+            unshared |= r == -ESTALE;
+            r = r == -EBUSY && own ? land_all(&p) : mend(&p, w, r, &o);
         } else if (r == -ENOSPC && p.n) {
             r = land_all(&p); /* our own pages may be what fills the device: try once more with nothing in the air */
         } else if (r >= 0) {
             c->at = w.end;
-            c->partial = false;
+            c->partial = unshared = false;
             tries = 0;
         } else {
             c->lacking = o.lacking;

@@ -15,7 +15,8 @@
 struct slots {
     char *base;
     unsigned n;
-    uint64_t *used;   /* a byte per slot would do; words keep it simple to index */
+    uint64_t *used;   /* its flight, and the pages of it that children of fork are still to get; 0: free */
+    bool *huge;       /* it held a huge page: known when its flight has given it back */
     bool *registered; /* OUT only */
     bool *tables;     /* a page table may stand there, even when no page does */
 };
@@ -38,6 +39,8 @@ static void slots_exit(struct slots *s)
         own_unmap(s->base, s->n * OS_BLOCK_SIZE);
     if (s->used)
         mem_free(s->used, s->n * sizeof(*s->used));
+    if (s->huge)
+        mem_free(s->huge, s->n * sizeof(*s->huge));
     if (s->registered)
         mem_free(s->registered, s->n * sizeof(*s->registered));
     if (s->tables)
@@ -50,22 +53,78 @@ static int slots_init(struct slots *s, enum staging_kind kind, unsigned n)
     void *base = NULL;
     s->n = n;
     s->used = mem_alloc(n * sizeof(*s->used));
+    s->huge = mem_alloc(n * sizeof(*s->huge));
     s->registered = mem_alloc(n * sizeof(*s->registered));
     s->tables = mem_alloc(n * sizeof(*s->tables));
-    if (!s->used || !s->registered || !s->tables)
+    if (!s->used || !s->huge || !s->registered || !s->tables)
         return -ENOMEM;
     int r = own_map(n * OS_BLOCK_SIZE, OS_BLOCK_SIZE, map_flags(kind), &base);
     s->base = base;
     return r;
 }
 
+/* ---- for children of fork ---- */
+
+static struct mm *staging_mm;
+
+static unsigned slot_of(const struct slots *s, uintptr_t addr)
+{
+    return (addr - (uintptr_t)s->base) / OS_BLOCK_SIZE;
+}
+
+static void keep_slot(uintptr_t addr, uint64_t pages)
+{
+    struct slots *out = &staging.kinds[STAGING_OUT];
+    mutex_lock(&staging.lock);
+    out->used[slot_of(out, addr)] += pages;
+    mutex_unlock(&staging.lock);
+}
+
+/* False: others want the slot still. */
+static bool drop_uses(struct slots *s, unsigned i, uint64_t uses, bool huge)
+{
+    mutex_lock(&staging.lock);
+    s->huge[i] |= huge;
+    bool last = s->used[i] == uses;
+    if (!last)
+        s->used[i] -= uses;
+    mutex_unlock(&staging.lock);
+    return last;
+}
+
+static void free_slot(struct mm *mm, enum staging_kind kind, unsigned i);
+
+static void drop_slot(uintptr_t addr, uint64_t pages)
+{
+    struct slots *out = &staging.kinds[STAGING_OUT];
+    unsigned i = slot_of(out, addr);
+    if (drop_uses(out, i, pages, false))
+        free_slot(staging_mm, STAGING_OUT, i);
+}
+
+bool staging_is_kept(const void *slot)
+{
+    const struct slots *out = &staging.kinds[STAGING_OUT];
+    uintptr_t addr = (uintptr_t)slot, base = (uintptr_t)out->base;
+    if (addr < base || addr >= base + out->n * OS_BLOCK_SIZE)
+        return false;
+    mutex_lock(&staging.lock);
+    bool kept = out->used[slot_of(out, addr)] > 1;
+    mutex_unlock(&staging.lock);
+    return kept;
+}
+
+/* ---- life ---- */
+
 int staging_init(struct mm *mm, uint64_t bytes)
 {
-    (void)mm;
     unsigned total = bytes / OS_BLOCK_SIZE, in = total >= 8 ? total / 8 : 1;
     unsigned share[STAGING_KINDS] = {[STAGING_OUT] = total - 2 * in > 0 ? total - 2 * in : 1, in, in};
     memset(&staging, 0, sizeof(staging));
     mutex_init(&staging.lock, RANK_QUEUE);
+    staging_mm = mm;
+    mm->slot_keep = keep_slot;
+    mm->slot_drop = drop_slot;
     for (int k = 0; k < STAGING_KINDS; k++) {
         int r = slots_init(&staging.kinds[k], k, share[k]);
         if (r) {
@@ -97,9 +156,10 @@ static int take_slot(struct slots *s, bool wait)
         for (unsigned i = 0; i < s->n && got < 0; i++)
             if (!s->used[i])
                 got = i;
-        if (got >= 0)
+        if (got >= 0) {
             s->used[got] = 1;
-        else if (wait)
+            s->huge[got] = false;
+        } else if (wait)
             mutex_wait(&staging.lock, &staging.changed, staging.changed);
         else
             break;
@@ -117,23 +177,6 @@ static void give_slot(struct slots *s, unsigned i)
     futex_wake(&staging.changed, INT32_MAX); /* all: kinds share the word */
 }
 
-void *staging_get(struct mm *mm, enum staging_kind kind, bool wait)
-{
-    struct slots *s = &staging.kinds[kind];
-    int i = take_slot(s, wait);
-    if (i < 0)
-        return NULL;
-    char *slot = s->base + i * OS_BLOCK_SIZE;
-    if (kind == STAGING_OUT && !s->registered[i]) {
-        if (os->uffd_register(mm->uffd.fd, (uintptr_t)slot, OS_BLOCK_SIZE)) {
-            give_slot(s, i);
-            return NULL;
-        }
-        s->registered[i] = true;
-    }
-    return slot;
-}
-
 /* A failure leaves the place without access: tried again for a while. */
 static int renew(void *slot, enum staging_kind kind)
 {
@@ -144,6 +187,11 @@ static int renew(void *slot, enum staging_kind kind)
         r = os->remap_fresh(slot, OS_BLOCK_SIZE, map_flags(kind));
     }
     return r;
+}
+
+static void retire(int err)
+{
+    hmm_log(HMM_LOG_ERROR, "a staging slot cannot be renewed (%s): it is not used any more", hmm_strerror(err));
 }
 
 /*
@@ -164,21 +212,89 @@ static int empty_slot(struct slots *s, unsigned i, enum staging_kind kind, bool 
     return r && !s->registered[i] ? renew(slot, kind) : r; /* locked, by mlockall() of the program: what is fresh is not */
 }
 
-void staging_put(struct mm *mm, enum staging_kind kind, void *slot, bool huge)
+/* What stands in the slot is taken for pages of the program, and mlockall(MCL_CURRENT) fills all memory that can be accessed. While the slot
+ * is registered it cannot: its touch is left asleep. */
+static bool is_empty(struct mm *mm, const char *slot)
+{
+    struct os_region v;
+    uintptr_t walked;
+    return os->pagemap_scan(mm->pagemap_fd, (uintptr_t)slot, (uintptr_t)slot + OS_BLOCK_SIZE, &v, 1, &walked) == 0 ||
+           mutate("staging-filled");
+}
+
+/* 0; or the slot is of no use now, or (-EIO) never again. */
+static int prepare_out(struct mm *mm, struct slots *s, unsigned i)
+{
+    char *slot = s->base + i * OS_BLOCK_SIZE;
+    for (unsigned tries = 0; tries < RENEW_TRIES; tries++) {
+        if (!s->registered[i] && os->uffd_register(mm->uffd.fd, (uintptr_t)slot, OS_BLOCK_SIZE))
+            return -ENOMEM;
+        s->registered[i] = true;
+        if (is_empty(mm, slot))
+            return 0;
+        if (os->uffd_unregister(mm->uffd.fd, (uintptr_t)slot, OS_BLOCK_SIZE))
+            continue;
+        s->registered[i] = false;
+        s->tables[i] = false;
+        int r = renew(slot, STAGING_OUT);
+        if (r) {
+            retire(r);
+            return -EIO;
+        }
+    }
+    return -ENOMEM;
+}
+
+void *staging_get(struct mm *mm, enum staging_kind kind, bool wait)
 {
     struct slots *s = &staging.kinds[kind];
-    unsigned i = ((char *)slot - s->base) / OS_BLOCK_SIZE;
+    int i = take_slot(s, wait);
+    if (i < 0)
+        return NULL;
+    int r = kind == STAGING_OUT ? prepare_out(mm, s, i) : 0;
+    if (r && r != -EIO)
+        give_slot(s, i);
+    return r ? NULL : s->base + i * OS_BLOCK_SIZE;
+}
+
+bool staging_touched(struct mm *mm, uintptr_t addr)
+{
+    struct slots *s = &staging.kinds[STAGING_OUT];
+    uintptr_t base = (uintptr_t)s->base;
+    if (addr < base || addr >= base + s->n * OS_BLOCK_SIZE)
+        return false;
+    mutex_lock(&staging.lock);
+    if (!s->used[(addr - base) / OS_BLOCK_SIZE]) {
+        os->uffd_zeropage(mm->uffd.fd, addr, os_page_size());
+        os->uffd_wake(mm->uffd.fd, addr, os_page_size());
+    }
+    mutex_unlock(&staging.lock);
+    return true;
+}
+
+static void free_slot(struct mm *mm, enum staging_kind kind, unsigned i)
+{
+    struct slots *s = &staging.kinds[kind];
+    char *slot = s->base + i * OS_BLOCK_SIZE;
     lock_assert_none();
     if (kind == STAGING_OUT && !os->uffd_unregister(mm->uffd.fd, (uintptr_t)slot, OS_BLOCK_SIZE))
         s->registered[i] = false;
     if (!mutate("staging-leak")) {
-        int r = empty_slot(s, i, kind, huge);
+        int r = empty_slot(s, i, kind, s->huge[i]);
         if (r) {
-            hmm_log(HMM_LOG_ERROR, "a staging slot cannot be renewed (%s): it is not used any more", hmm_strerror(r));
+            retire(r);
             return;
         }
     }
     give_slot(s, i);
+}
+
+void staging_put(struct mm *mm, enum staging_kind kind, void *slot, bool huge)
+{
+    struct slots *s = &staging.kinds[kind];
+    unsigned i = slot_of(s, (uintptr_t)slot);
+    if (drop_uses(s, i, 1, huge))
+        free_slot(mm, kind, i);
 }
 
 void staging_put_unused(enum staging_kind kind, void *slot)

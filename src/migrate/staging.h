@@ -25,10 +25,21 @@ void staging_exit(struct mm *mm);
 
 /* An empty slot; NULL when none is free and !wait, or when it cannot be prepared. Waits without locks. */
 void *staging_get(struct mm *mm, enum staging_kind kind, bool wait);
-/* Frees the slot's pages and gives it back; huge: what it held was one huge page. No locks held. */
+/* Frees the slot's pages and gives it back; huge: what it held was one huge page. No locks held. Where a child of fork is still to get
+ * pages of it (mm->slot_keep), that happens when it has them. */
 void staging_put(struct mm *mm, enum staging_kind kind, void *slot, bool huge);
 /* The same for a slot that nothing was put into. */
 void staging_put_unused(enum staging_kind kind, void *slot);
+/* Whether what is at this address stands in an outbound slot from which a child of fork is still to get pages: it may be copied, not
+ * moved. */
+bool staging_is_kept(const void *slot);
+/*
+ * False: addr is not in an outbound slot. It was touched by mlockall(MCL_CURRENT) of the program: nobody else touches what is missing
+ * there. Of a slot that is not in use the page is filled, and found when the slot is next got. In one that is in use the touch is left
+ * asleep, until the slot is unregistered: what stood there would be taken for a page of the program. Called by the reader, with no
+ * locks.
+ */
+bool staging_touched(struct mm *mm, uintptr_t addr);
 /* Accounting of pages in slots, for hmm_stats(). */
 void staging_account(int64_t pages);
 uint64_t staging_bytes(void);

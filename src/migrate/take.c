@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "debug/inject.h"
+#include "notifier/changing.h"
 
 #define REGIONS 64
 #define SCAN_TRIES 10000
@@ -19,6 +20,7 @@ struct take {
     struct flight *f;
     struct block *b;
     uint8_t *pages;
+    uintptr_t unarmed; /* of -ENXIO */
 };
 
 static size_t page_bytes(unsigned pages)
@@ -207,13 +209,14 @@ static int settle_absent(struct take *t, int r)
         any = t->pages[i] == TAKE_ABSENT;
     if (!any)
         return r;
-    if (!r && os->uffd_pending(t->mm->uffd.fd) != 0 && !mutate("absent-pending"))
+    bool proved = (!r || r == -ENXIO) && (os->uffd_pending(t->mm->uffd.fd) == 0 || mutate("absent-pending"));
+    if (!proved && !r)
         r = -EAGAIN;
     for (unsigned i = t->f->first; i < t->f->end; i++) {
         if (t->pages[i] != TAKE_ABSENT)
             continue;
-        t->pages[i] = r ? TAKE_WANTED : TAKE_TAKEN;
-        if (r) {
+        t->pages[i] = proved ? TAKE_TAKEN : TAKE_WANTED;
+        if (!proved) {
             t->f->how[i] = FLIGHT_DONE; /* its device page is to be freed, unless it is taken after all */
             t->f->home[i] = 0;
             block_set(t->b, i, 0);
@@ -230,12 +233,70 @@ static bool has_wanted(const struct flight *f, const uint8_t *pages)
     return false;
 }
 
-/* The survey's verdict may be old: somebody else may have taken a page since. */
+/* The survey's verdict may be old: somebody else may have taken a page since. And what the program is changing stays. */
 static void forget_foreign(struct take *t)
 {
-    for (unsigned i = t->f->first; i < t->f->end; i++)
-        if (t->pages[i] == TAKE_WANTED && block_entry(t->b, i))
+    bool changing =
+        changing_keeps_off(block_addr(t->b, t->f->first), block_addr(t->b, t->f->end)) && !mutate("change-keeps-off");
+    for (unsigned i = t->f->first; i < t->f->end; i++) {
+        uintptr_t at = block_addr(t->b, i);
+        if (t->pages[i] == TAKE_WANTED && (block_entry(t->b, i) || (changing && changing_keeps_off(at, at + os_page_size()))))
             t->pages[i] = TAKE_BUSY;
+    }
+}
+
+void take_refuse(const struct flight *f, uint8_t *pages, uintptr_t start, uintptr_t end)
+{
+    uintptr_t stop = f->base + page_bytes(f->end);
+    for (uintptr_t a = start; a < end && a < stop; a += os_page_size())
+        if (pages[block_index(a)] == TAKE_WANTED)
+            pages[block_index(a)] = TAKE_UNMOVABLE;
+}
+
+/* How far the region reaches in which pages may be away from `at` on; at: it does not. */
+static uintptr_t armed_end(struct mm *mm, uintptr_t at, uintptr_t end)
+{
+    const struct region *r = region_find(&mm->regions, at);
+    if (!r || !r->missing || r->state != REGION_PROVED)
+        return at;
+    return r->end < end ? r->end : end;
+}
+
+/* What is present there was freed lazily, and stays; the rest may go. */
+static int leave_present(struct take *t, uintptr_t start, uintptr_t end)
+{
+    struct os_region v[REGIONS];
+    for (uintptr_t at = start, walked; at < end; at = walked) {
+        int n = os->pagemap_scan(t->mm->pagemap_fd, at, end, v, REGIONS, &walked);
+        if (n < 0)
+            return n;
+        for (int k = 0; k < n; k++)
+            for (uintptr_t a = v[k].start; a < v[k].end; a += os_page_size())
+                if (t->pages[block_index(a)] == TAKE_WANTED)
+                    t->pages[block_index(a)] = TAKE_BUSY;
+    }
+    return 0;
+}
+
+/* One part of which the kernel's mapping allows it. 0 or error. */
+static int take_armed(struct take *t, uintptr_t start, uintptr_t end)
+{
+    for (uintptr_t at = start, stop; at < end; at = stop) {
+        stop = at + os_page_size();
+        if (t->pages[block_index(at)] != TAKE_WANTED)
+            continue; /* also what was taken before the last -ENXIO */
+        stop = armed_end(t->mm, at, end);
+        t->unarmed = at;
+        if (stop == at)
+            return -ENXIO;
+        enum mm_dropping dropping = mm_dropping(t->mm, at, &stop);
+        int r = dropping == DROPPING_SOON   ? -EAGAIN
+                : dropping == DROPPING_LATE ? leave_present(t, at, stop)
+                                            : take_part(t, at, stop);
+        if (r)
+            return r;
+    }
+    return 0;
 }
 
 static int take_block(struct take *t, const struct tcb_list *tcbs)
@@ -243,16 +304,15 @@ static int take_block(struct take *t, const struct tcb_list *tcbs)
     uintptr_t end = t->b->base + page_bytes(t->f->end);
     forget_foreign(t);
     for (uintptr_t at = t->b->base + page_bytes(t->f->first), part_end; at < end; at = part_end) {
+        part_end = at + os_page_size();
+        if (t->pages[block_index(at)] != TAKE_WANTED)
+            continue;
         enum arm_verdict verdict = mm_verdict(t->mm, at, end, tcbs, &part_end);
         if (verdict == ARM_OK) {
-            int r = mm_arm(t->mm, t->b, at, part_end);
-            if (!r)
-                r = take_part(t, at, part_end);
-            if (!r)
-                continue;
-            if (r != -EINVAL)
+            int r = take_armed(t, at, part_end);
+            if (r)
                 return r;
-            verdict = ARM_UNMOVABLE;
+            continue;
         }
         for (uintptr_t a = at; a < part_end; a += os_page_size())
             if (t->pages[block_index(a)] == TAKE_WANTED)
@@ -261,7 +321,7 @@ static int take_block(struct take *t, const struct tcb_list *tcbs)
     return 0;
 }
 
-int take_pages(struct mm *mm, struct flight *f, const struct tcb_list *tcbs, uint8_t *pages)
+int take_pages(struct mm *mm, struct flight *f, const struct tcb_list *tcbs, uint8_t *pages, uintptr_t *unarmed)
 {
     if (!has_wanted(f, pages))
         return 0;
@@ -272,27 +332,40 @@ int take_pages(struct mm *mm, struct flight *f, const struct tcb_list *tcbs, uin
         struct take t = {.mm = mm, .f = f, .b = b, .pages = pages};
         mutex_lock(&b->lock);
         r = block_reserve(&mm->pt, b, f->end - f->first);
-        if (!r)
-            r = settle_absent(&t, take_block(&t, tcbs));
+        if (!r) /* while a fork() is under way without the kernel's event, the child is to have them */
+            r = mm->forking ? -EAGAIN : settle_absent(&t, take_block(&t, tcbs));
         mutex_unlock(&b->lock);
+        *unarmed = t.unarmed;
     }
     rwlock_read_unlock(&mm->as);
     return r;
 }
 
-bool take_unshare(struct flight *f, uint8_t *pages)
+bool take_find_shared(const struct flight *f, const uint8_t *pages, uint64_t *shared)
 {
     bool any = false;
-    for (unsigned i = f->first, n; i < f->end; i += n) {
-        n = 1;
-        if (pages[i] != TAKE_PINNED)
-            continue;
-        while (i + n < f->end && pages[i + n] == TAKE_PINNED)
-            n++;
-        if (os->advise((void *)(f->base + page_bytes(i)), page_bytes(n), OS_ADVISE_POPULATE_WRITE))
-            continue;
-        memset(pages + i, TAKE_WANTED, n);
-        any = true;
-    }
+    for (unsigned i = f->first; i < f->end; i++)
+        if (pages[i] == TAKE_PINNED) {
+            shared[i / 64] |= (uint64_t)1 << i % 64;
+            any = true;
+        }
     return any;
+}
+
+static bool is_shared(const uint64_t *shared, unsigned i)
+{
+    return shared[i / 64] >> i % 64 & 1;
+}
+
+void take_unshare(uintptr_t base, const uint64_t *shared)
+{
+    lock_assert_none();
+    for (unsigned i = 0, n; i < block_pages(); i += n) {
+        n = 1;
+        if (!is_shared(shared, i))
+            continue;
+        while (i + n < block_pages() && is_shared(shared, i + n))
+            n++;
+        os->advise((void *)(base + page_bytes(i)), page_bytes(n), OS_ADVISE_POPULATE_WRITE);
+    }
 }

@@ -27,10 +27,15 @@ int take_survey(struct mm *mm, struct hmm_device *dev, struct window w, const st
                 uint32_t *landings);
 /*
  * One hold of the lock: takes as many of the WANTED pages as possible into f (whose page[] is assigned): entries become FLIGHT,
- * how[] and home[] are set. 0, or -EAGAIN: an event is pending; let go of everything, and call again for the rest. -ENOMEM.
+ * how[] and home[] are set. 0, or, with the rest still WANTED: -EAGAIN: an event is pending; let go of everything, and call again. -ENXIO:
+ * the page at *unarmed is in no region that is proved; mm_arm() or take_refuse() it, and call again. -ENOMEM.
  */
-int take_pages(struct mm *mm, struct flight *f, const struct tcb_list *tcbs, uint8_t *pages);
-/* Breaks copy-on-write sharing of the PINNED pages (after fork): they are WANTED again. No locks; may fault. True: some were. */
-bool take_unshare(struct flight *f, uint8_t *pages);
+int take_pages(struct mm *mm, struct flight *f, const struct tcb_list *tcbs, uint8_t *pages, uintptr_t *unarmed);
+/* The WANTED pages of [start, end) cannot be registered: they are UNMOVABLE. */
+void take_refuse(const struct flight *f, uint8_t *pages, uintptr_t start, uintptr_t end);
+/* Which pages of f are PINNED, for take_unshare(). False: none. */
+bool take_find_shared(const struct flight *f, const uint8_t *pages, uint64_t *shared);
+/* Breaks copy-on-write sharing of these pages of the block (after fork). No locks, and no flight of the caller is in the air; may fault. */
+void take_unshare(uintptr_t base, const uint64_t *shared);
 
 #endif

@@ -14,8 +14,8 @@
 #include "migrate/take.h"
 
 #define RUNS 64
-#define PAGES_MAX 512  /* pages per block with the smallest page size there is */
-#define EAGAIN_MAX 200 /* then the pages that could not be taken are counted as busy */
+#define PAGES_MAX 512 /* pages per block with the smallest page size there is */
+#define EAGAIN_MAX 40 /* a tenth of a second: then the pages that could not be taken are counted as busy */
 
 /* ---- device pages ---- */
 
@@ -108,8 +108,9 @@ static void roll_back(struct mm *mm, struct flight *f)
     free_staging(mm, f, f->staged);
     flight_end_invalidation(mm, f);
     wake_homes(mm, f);
+    flight_arrived(mm, f);
     free_done(f);
-    mm_trim(mm, f->base);
+    trim_window(mm, f);
 }
 
 static void count(const struct flight *f, const uint8_t *pages, struct mm *mm, struct hmm_migrate_result *res)
@@ -131,22 +132,46 @@ static void count(const struct flight *f, const uint8_t *pages, struct mm *mm, s
     }
 }
 
-/* Takes what can be taken, waiting for events in between. */
-static int take_all(struct mm *mm, struct flight *f, const struct tcb_list *tcbs, uint8_t *pages)
+static void count_all(const struct flight *f, const uint8_t *pages, struct mm *mm, struct hmm_migrate_result *res,
+                      uint64_t limited)
 {
-    bool unshared = false;
-    for (unsigned attempt = 0; attempt < EAGAIN_MAX;) {
+    count(f, pages, mm, res);
+    res->limited += limited;
+    stat_add(&mm->stats.limited, limited);
+}
+
+/* A mapping that cannot be registered keeps its pages. 0 or -EAGAIN. */
+static int arm(struct mm *mm, struct flight *f, const struct tcb_list *tcbs, uint8_t *pages, uintptr_t at)
+{
+    uintptr_t part_end;
+    int r = mm_arm(mm, at, tcbs, &part_end);
+    if (r == 0 || r == -EAGAIN)
+        return r;
+    take_refuse(f, pages, at, part_end);
+    return 0;
+}
+
+/* Takes what can be taken, mapping by mapping, waiting for events in between. A mapping may lose its registration again before it is
+ * looked at: so the number of tries has an end here, too. */
+static int take_all(struct mm *mm, struct flight *f, const struct tcb_list *tcbs, uint8_t *pages, struct obstacle *obstacle)
+{
+    uintptr_t unarmed = 0;
+    for (unsigned attempt = 0, armed = 0; attempt < EAGAIN_MAX && armed <= 2 * block_pages();) {
         SEQ_POINT("to-device-take");
-        int r = take_pages(mm, f, tcbs, pages);
+        int r = take_pages(mm, f, tcbs, pages, &unarmed);
+        if (r == -ENXIO) {
+            armed++;
+            r = arm(mm, f, tcbs, pages, unarmed);
+            if (!r)
+                continue;
+        }
         if (r == -EAGAIN) {
             mm_backoff(mm, attempt++);
             continue;
         }
         if (r)
             return r;
-        if (unshared || !take_unshare(f, pages))
-            return 0;
-        unshared = true;
+        return !obstacle->unshared && take_find_shared(f, pages, obstacle->shared) ? -ESTALE : 0;
     }
     return 0;
 }
@@ -167,15 +192,18 @@ static int has(const uint8_t *pages, const struct flight *f, enum take_page stat
     return 0;
 }
 
-/* Device pages and notifiers for what the survey wants. */
+/* Device pages and notifiers for what the survey wants. 1: there is room for none of it, and that is to be counted. */
 static int prepare(struct mm *mm, struct flight *f, uint8_t *pages, unsigned wanted, bool partial, struct obstacle *obstacle)
 {
     unsigned lacking = assign_pages(f, pages, wanted);
-    if (lacking && (!partial || lacking == wanted)) {
+    if (lacking && !partial) {
         obstacle->lacking = lacking;
         free_done(f);
         return -ENOSPC;
     }
+    obstacle->limited = lacking && pagemap_room(f->dev->pagemap).limited ? lacking : 0;
+    if (lacking == wanted)
+        return 1;
     f->invalidating = true;
     if (notifier_begin(&mm->notifiers, &f->inv, f->base + ((uintptr_t)f->first << os_page_shift()),
                        f->base + ((uintptr_t)f->end << os_page_shift()), HMM_EVENT_MIGRATE, f->dev))
@@ -195,15 +223,16 @@ int depart_to_device(struct mm *mm, struct flight *f, struct hmm_device *dev, st
     int wanted = take_survey(mm, dev, w, tcbs, pages, &obstacle->landings);
     if (!settle && (has(pages, f, TAKE_FLYING) || has(pages, f, TAKE_ELSEWHERE)))
         return has(pages, f, TAKE_FLYING) ? -EBUSY : -EXDEV;
-    if (wanted == 0) {
-        count(f, pages, mm, res);
+    int r = wanted ? prepare(mm, f, pages, wanted, partial, obstacle) : 1;
+    if (r == 1) {
+        count_all(f, pages, mm, res, obstacle->limited);
         return 1;
     }
-    int r = prepare(mm, f, pages, wanted, partial, obstacle);
     if (r)
         return r;
-    r = take_all(mm, f, tcbs, pages);
+    r = take_all(mm, f, tcbs, pages, obstacle);
     f->staged = count_how(f, FLIGHT_COPY);
+    flight_departed(mm, f, f->staged + count_how(f, FLIGHT_CLEAR));
     f->huge = f->huge && f->staged == block_pages();
     staging_account(f->staged);
     SEQ_POINT("to-device-taken");
@@ -214,7 +243,7 @@ int depart_to_device(struct mm *mm, struct flight *f, struct hmm_device *dev, st
         roll_back(mm, f);
         return r;
     }
-    count(f, pages, mm, res);
+    count_all(f, pages, mm, res, obstacle->limited);
     return 0;
 }
 
@@ -280,8 +309,9 @@ int land_on_device(struct mm *mm, struct flight *f, struct hmm_migrate_result *r
     flight_end_invalidation(mm, f);
     wake_homes(mm, f);
     free_staging(mm, f, staged);
+    flight_arrived(mm, f);
     free_done(f);
-    mm_trim(mm, f->base);
+    trim_window(mm, f);
     stat_add(&mm->stats.pages_to_device, n.pages);
     stat_add(&mm->stats.pages_cleared, n.cleared);
     stat_add(&mm->stats.bytes_to_device, (uint64_t)n.copied << os_page_shift());

@@ -58,6 +58,7 @@ unsigned depart_to_system(struct mm *mm, struct flight *f, struct hmm_device *de
 unlock:
     rwlock_read_unlock(&mm->as);
     if (taken) {
+        flight_departed(mm, f, taken);
         f->invalidating = true;
         notifier_begin(&mm->notifiers, &f->inv, w.start, w.end, HMM_EVENT_MIGRATE, NULL);
     }
@@ -156,8 +157,9 @@ static void finish(struct mm *mm, struct flight *f, int r, enum landing how)
         wake_moved(mm, f);
     else
         wake_homes(mm, f);
+    flight_arrived(mm, f);
     free_done(f);
-    mm_trim(mm, f->base);
+    trim_window(mm, f);
 }
 
 int land_in_system(struct mm *mm, struct flight *f, enum landing how, struct hmm_migrate_result *res)

@@ -3,9 +3,7 @@
 #include "mirror/mirror.h"
 
 #include <errno.h>
-#include <string.h>
 
-#include "debug/inject.h"
 #include "migrate/migrate.h"
 #include "policy/policy.h"
 #include "reclaim/reclaim.h"
@@ -56,7 +54,7 @@ static bool choose_window(struct hmm_device *dev, uintptr_t addr, const struct o
     struct policy_device_fault in = {
         .pages = block_pages(),
         .page = block_index(addr),
-        .device_pages = dev->pagemap->desc.pages,
+        .device_pages = pagemap_capacity(dev->pagemap),
         .granule = pagemap_granule(dev->pagemap) >> os_page_shift(),
     };
     bool there = false;
@@ -133,8 +131,10 @@ int mirror_device_fault(struct hmm_device *dev, uintptr_t addr, unsigned flags)
     for (unsigned tries = 0; tries < FAULT_TRIES; tries++) {
         uint32_t landings;
         int r = check_access(dev->mm, addr, flags, &vma);
-        if (r)
+        if (r < 0)
             return r;
+        if (r) /* what came before the protection changed is there for reading, and stays */
+            return place_of(dev, addr, &landings) != PLACE_DEVICE;
         if (device_is_lost(dev))
             return mirror_is_poisoned(dev, addr) ? -EHWPOISON : 1;
         if (choose_window(dev, addr, &vma, &w))
@@ -154,25 +154,4 @@ int mirror_device_fault(struct hmm_device *dev, uintptr_t addr, unsigned flags)
             return 1;
     }
     return 1;
-}
-
-int mirror_snapshot(struct hmm_device *dev, uintptr_t start, uintptr_t end, uint64_t *pfns)
-{
-    struct mm *mm = dev->mm;
-    unsigned n = (end - start) >> os_page_shift();
-    memset(pfns, 0, n * sizeof(*pfns));
-    rwlock_read_lock(&mm->as);
-    struct block *b = pagetable_find(&mm->pt, start);
-    if (b) {
-        mutex_lock(&b->lock);
-        for (unsigned i = 0; i < n && b->on_device; i++) {
-            entry_t e = block_entry(b, block_index(start) + i);
-            if (is_on(dev, e))
-                pfns[i] = HMM_PFN_VALID | HMM_PFN_WRITE | entry_page(e);
-        }
-        mutex_unlock(&b->lock);
-    }
-    rwlock_read_unlock(&mm->as);
-    SEQ_POINT("snapshot-taken");
-    return 0;
 }

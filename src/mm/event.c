@@ -10,9 +10,9 @@
 #include "mm/event.h"
 
 #include "debug/inject.h"
+#include "mm/arm.h"
 
 #define MESSAGES 64
-#define DISCARD_TRIES 4
 
 /* Takes the entry away; device pages go to the batch. */
 static void drop_page(struct mm *mm, struct block *b, unsigned i, struct limbo *l)
@@ -41,36 +41,23 @@ static unsigned end_index(const struct block *b, uintptr_t end)
     return end >= b->base + OS_BLOCK_SIZE ? block_pages() : block_index(end);
 }
 
-/* The first armed run of the block within [start, end), from *at on; false: none. */
-static bool armed_part(const struct block *b, uintptr_t start, uintptr_t end, uintptr_t *at, uintptr_t *part_end)
-{
-    if (*at >= end || *at >= b->base + OS_BLOCK_SIZE)
-        return false;
-    unsigned i = first_index(b, *at > start ? *at : start), n = block_armed_run(b, &i);
-    uintptr_t stop = block_addr(b, i + n);
-    *at = block_addr(b, i);
-    *part_end = stop < end ? stop : end;
-    return n && *at < end;
-}
-
-static void unarm(struct block *b, uintptr_t start, uintptr_t end)
-{
-    unsigned i = first_index(b, start);
-    block_arm(b, i, end_index(b, end) - i, false);
-}
-
 static void drop_range(struct mm *mm, uintptr_t start, uintptr_t end, enum hmm_event_type type, bool unmapped)
 {
     struct limbo *l = limbo_filling(mm);
     bool any = false;
+    if (mm->fork)
+        mm->fork->changing(mm, start, end, 0);
     if (!mutate("event-mark"))
         limbo_mark(mm, l, start, end, type);
     for (struct block *b = pagetable_next(&mm->pt, start, end); b; b = pagetable_next(&mm->pt, b->base + OS_BLOCK_SIZE, end)) {
         for (unsigned i = first_index(b, start); i < end_index(b, end) && b->used; i++)
             drop_page(mm, b, i, l);
-        if (unmapped)
-            unarm(b, start, end);
         any = true;
+    }
+    any |= region_any(&mm->regions, start, end);
+    if (unmapped) {
+        hide_unmapped(mm, start, end);
+        region_cut(&mm->regions, start, end);
     }
     if (any)
         limbo_prune(l, start, end);
@@ -110,55 +97,15 @@ void mm_event_unmap(struct mm *mm, uintptr_t start, uintptr_t end)
         drop_range(mm, start, end, HMM_EVENT_UNMAP, true);
 }
 
-/* One pass over [start, end), inside one block: moves every present run to the discard area and frees it. Returns the number of
- * runs that were present. */
-static unsigned discard_pass(struct mm *mm, uintptr_t start, uintptr_t end)
-{
-    struct os_region v[32];
-    unsigned present = 0;
-    for (uintptr_t at = start, walked; at < end;) {
-        int n = os->pagemap_scan(mm->pagemap_fd, at, end, v, ARRAY_LEN(v), &walked);
-        for (int i = 0; i < n; i++) {
-            uintptr_t to = (uintptr_t)mm->discard + (v[i].start & (OS_BLOCK_SIZE - 1));
-            os->uffd_move(mm->discard_uffd.fd, to, v[i].start, v[i].end - v[i].start);
-            present++;
-        }
-        if (n < 0) {
-            present++; /* look again */
-            break;
-        }
-        at = walked;
-    }
-    if (present)
-        os->advise(mm->discard, OS_BLOCK_SIZE, OS_ADVISE_DONTNEED);
-    return present;
-}
-
-/* Takes what is present in managed memory out of the CPU page table: the caller of madvise will zap it only after we have let go of the lock, and a
- * migration in between would save it from the zap (design fact 5). The result of MOVE is not believed, but looked at again; pages
- * that do not move (pinned, locked) cannot be migrated either. */
-static void discard(struct mm *mm, uintptr_t start, uintptr_t end)
-{
-    for (unsigned tries = 0; tries < DISCARD_TRIES && discard_pass(mm, start, end); tries++)
-        ;
-}
-
-/* Only what is still managed is discarded: where the registration ended after the event was sent, the caller may be back already and
- * have written again. */
+/* What is present stays, and is not taken before it is gone: see dropping.c. */
 void mm_event_remove(struct mm *mm, uintptr_t start, uintptr_t end)
 {
     lock_assert_held(RANK_AS);
     drop_range(mm, start, end, HMM_EVENT_CLEAR, false);
-    if (mutate("discard"))
-        return;
-    for (struct block *b = pagetable_next(&mm->pt, start, end); b; b = pagetable_next(&mm->pt, b->base + OS_BLOCK_SIZE, end)) {
-        if (b->unproved) {
-            discard(mm, block_addr(b, first_index(b, start)), block_addr(b, end_index(b, end)));
-            continue;
-        }
-        for (uintptr_t at = start, to; armed_part(b, start, end, &at, &to); at = to)
-            discard(mm, at, to);
-    }
+    dropping_note(mm, start, end);
+    struct limbo *l = limbo_filling(mm);
+    limbo_prune(l, start, end); /* which looks what has become of it */
+    limbo_publish(mm, l);
 }
 
 static void owe_unmap(struct mm *mm, uintptr_t start, uintptr_t end)
@@ -173,13 +120,13 @@ static void owe_unmap(struct mm *mm, uintptr_t start, uintptr_t end)
             (unsigned long)start, (unsigned long)end);
 }
 
-/* Whatever is armed at the target of a remap belongs to a mapping whose unmap we have not read yet. */
+/* What is registered at the target of a remap belongs to a mapping whose unmap we have not read yet; also when a remap has taken its
+ * pages away, because the unmap of what it leaves is told after it. */
 static void clear_target(struct mm *mm, uintptr_t start, uintptr_t end)
 {
-    for (struct block *b = pagetable_next(&mm->pt, start, end); b; b = pagetable_next(&mm->pt, b->base + OS_BLOCK_SIZE, end)) {
-        for (uintptr_t at = start, to; armed_part(b, start, end, &at, &to); at = to)
-            owe_unmap(mm, at, to);
-    }
+    for (struct region *r = region_next(&mm->regions, start); r && r->start < end; r = region_next(&mm->regions, r->end))
+        if (r->state != REGION_UNPROVED)
+            owe_unmap(mm, r->start > start ? r->start : start, r->end < end ? r->end : end);
     drop_range(mm, start, end, HMM_EVENT_UNMAP, true);
 }
 
@@ -201,25 +148,31 @@ static void move_page(struct mm *mm, struct block *b, unsigned i, uintptr_t to)
     }
 }
 
-static void arm_target(struct mm *mm, uintptr_t start, uintptr_t end)
+static void move_entries(struct mm *mm, struct block *b, uintptr_t from, uintptr_t to, size_t len)
 {
-    for (uintptr_t at = start, part_end; at < end; at = part_end) {
-        part_end = (at | ~BLOCK_MASK) + 1 < end ? (at | ~BLOCK_MASK) + 1 : end;
-        struct block *b = pagetable_get(&mm->pt, at);
-        if (b)
-            block_arm(b, block_index(at), (part_end - at) >> os_page_shift(), true);
-    }
-}
-
-/* The part of a block's pages and armed range that lies in [from, from+len) goes to the target. */
-static void move_block(struct mm *mm, struct block *b, uintptr_t from, uintptr_t to, size_t len)
-{
-    for (uintptr_t at = from, part_end; armed_part(b, from, from + len, &at, &part_end); at = part_end)
-        arm_target(mm, at - from + to, part_end - from + to);
     for (unsigned i = first_index(b, from); i < end_index(b, from + len) && b->used; i++)
         if (block_entry(b, i))
             move_page(mm, b, i, block_addr(b, i) - from + to);
-    unarm(b, from, from + len);
+}
+
+/* The mapping is registered where it stands now. What it leaves is unmapped, of which we are told later; with MREMAP_DONTUNMAP it stays, and
+ * stays registered. */
+static void move_regions(struct mm *mm, uintptr_t from, uintptr_t to, size_t len)
+{
+    uintptr_t end = from + len, part_end;
+    struct region *r;
+    for (uintptr_t at = from; (r = region_next(&mm->regions, at)) && r->start < end; at = part_end) {
+        uintptr_t start = r->start > from ? r->start : from;
+        enum region_state state = r->state == REGION_LEFT ? REGION_UNPROVED : r->state;
+        bool missing = r->missing;
+        part_end = r->end < end ? r->end : end;
+        region_cut(&mm->regions, start, part_end);
+        if (!mutate("remap-left"))
+            region_insert_must(&mm->regions, start, part_end, missing, REGION_LEFT);
+        r = region_insert_must(&mm->regions, start - from + to, part_end - from + to, missing, state);
+        if (state == REGION_PROVED) /* what moves back in parts becomes one again */
+            region_join(&mm->regions, r);
+    }
 }
 
 void mm_event_remap(struct mm *mm, uintptr_t from, uintptr_t to, size_t len)
@@ -227,12 +180,17 @@ void mm_event_remap(struct mm *mm, uintptr_t from, uintptr_t to, size_t len)
     lock_assert_held(RANK_AS);
     uintptr_t end = from + len;
     clear_target(mm, to, to + len);
+    if (mm->fork)
+        mm->fork->changing(mm, from, end, to);
     struct limbo *l = limbo_filling(mm);
     limbo_mark(mm, l, from, end, HMM_EVENT_UNMAP);
     l->remaps++;
     __atomic_fetch_add(&mm->remaps_pending, 1, __ATOMIC_SEQ_CST);
     for (struct block *b = pagetable_next(&mm->pt, from, end); b; b = pagetable_next(&mm->pt, b->base + OS_BLOCK_SIZE, end))
-        move_block(mm, b, from, to, len);
+        move_entries(mm, b, from, to, len);
+    move_regions(mm, from, to, len);
+    hide_moved(mm, from, to, len);
+    hide_managed(mm, to, to + len); /* clearing the target may have shown it */
     limbo_prune(l, from, end);
     limbo_publish(mm, l);
 }
@@ -252,8 +210,23 @@ static void apply(struct mm *mm, const struct uffd_msg *m)
         stat_add(&mm->stats.events_remap, 1);
         mm_event_remap(mm, m->arg.remap.from, m->arg.remap.to, m->arg.remap.len);
         break;
+    case UFFD_EVENT_FORK:
+        stat_add(&mm->stats.events_fork, 1);
+        mm->fork->forked(mm, (int)m->arg.fork.ufd);
+        break;
     default: hmm_log(HMM_LOG_ERROR, "userfaultfd event %d is not known: ignored", m->event);
     }
+}
+
+/* A fork whose descriptor found no room: its event comes again, and its thread waits. */
+static void wait_for_room(int err)
+{
+    static uint64_t said;
+    uint64_t now = os_now();
+    if (now - said > 1000000000ull)
+        hmm_log(HMM_LOG_ERROR, "a child of fork cannot be given its memory: %s; trying again (ulimit -n)", hmm_strerror(err));
+    said = now;
+    os_sleep(10000000);
 }
 
 unsigned mm_read_events(struct mm *mm, struct fault *faults, unsigned max, bool *more)
@@ -262,8 +235,12 @@ unsigned mm_read_events(struct mm *mm, struct fault *faults, unsigned max, bool 
     unsigned nfaults = 0, want = max < MESSAGES ? max : MESSAGES;
     rwlock_write_lock(&mm->as);
     uint32_t gate = __atomic_fetch_add(mm->gate, 1, __ATOMIC_SEQ_CST);
+    if (mm->fork)
+        mm->fork->reading(mm, true);
     int n = os->uffd_read(mm->uffd.fd, msgs, want);
     SEQ_POINT("events-read");
+    if (n < 0)
+        wait_for_room(n);
     uint32_t gate_after = gate; /* nothing but faults: as if nobody had looked */
     for (int i = 0; i < n; i++) {
         if (msgs[i].event != UFFD_EVENT_PAGEFAULT) {
@@ -277,6 +254,8 @@ unsigned mm_read_events(struct mm *mm, struct fault *faults, unsigned max, bool 
             .write = msgs[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WRITE,
         };
     }
+    if (mm->fork)
+        mm->fork->reading(mm, false);
     __atomic_store_n(mm->gate, gate_after, __ATOMIC_SEQ_CST);
     rwlock_write_unlock(&mm->as);
     *more = n == (int)want;

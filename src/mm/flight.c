@@ -93,6 +93,20 @@ void flight_reset(struct flight *f, struct hmm_device *dev, uintptr_t base, unsi
     memset(f->how + first, FLIGHT_EMPTY, end - first);
 }
 
+void flight_departed(struct mm *mm, struct flight *f, unsigned pages)
+{
+    f->counted = pages;
+    stat_add(&f->dev->transit, pages);
+    stat_add(&mm->stats.transit_pages, pages);
+}
+
+void flight_arrived(struct mm *mm, struct flight *f)
+{
+    stat_add(&f->dev->transit, -(uint64_t)f->counted);
+    stat_add(&mm->stats.transit_pages, -(uint64_t)f->counted);
+    f->counted = 0;
+}
+
 void flight_end_invalidation(struct mm *mm, struct flight *f)
 {
     if (!f->invalidating)

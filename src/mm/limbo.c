@@ -7,8 +7,11 @@
 #include <limits.h>
 
 #include "base/futex.h"
+#include "debug/inject.h"
 #include "mm/event.h"
 #include "mm/mm.h"
+
+#define PRUNE_TRIES 10 /* in 10 ms: then the next touch finds it registered, and gives it back */
 
 /* A link names pagemap and page (plus one: 0 ends the chain), and looks like an address to the owner field. */
 #define LINK_ID_SHIFT 52
@@ -45,6 +48,8 @@ struct limbo *limbo_filling(struct mm *mm)
     for (unsigned i = 0; i < LIMBO_BATCHES && !l; i++)
         if (mm->limbo[i].state == LIMBO_FREE)
             l = &mm->limbo[i];
+    if (l->state == LIMBO_FREE)
+        l->number = ++mm->limbo_filled;
     l->state = LIMBO_FILLING; /* one is always free or filling: mm_limbo_take leaves the last one */
     mutex_unlock(&mm->queue_lock);
     return l;
@@ -93,10 +98,28 @@ void limbo_publish(struct mm *mm, const struct limbo *l)
         mm->limbo_ready(mm);
 }
 
-struct limbo *mm_limbo_take(struct mm *mm)
+/* Whether a batch that is filled now may be taken. Caller holds queue_lock. */
+static bool may_overtake(const struct mm *mm, uint64_t now, bool *later)
+{
+    bool late = true;
+    for (unsigned i = 0; i < LIMBO_BATCHES; i++) {
+        const struct limbo *l = &mm->limbo[i];
+        if (l->state != LIMBO_TAKEN)
+            continue;
+        if (l->remaps || mutate("limbo-order"))
+            return false; /* when it has landed, limbo_ready() is called */
+        late &= now - l->taken >= LIMBO_LATE_NS;
+    }
+    *later = !late;
+    return late;
+}
+
+struct limbo *mm_limbo_take(struct mm *mm, bool *later)
 {
     struct limbo *l = NULL;
     unsigned unused = 0;
+    uint64_t now = os_now();
+    *later = false;
     rwlock_read_lock(&mm->as); /* a batch is filled under the exclusive lock */
     mutex_lock(&mm->queue_lock);
     for (unsigned i = 0; i < LIMBO_BATCHES; i++) {
@@ -104,13 +127,41 @@ struct limbo *mm_limbo_take(struct mm *mm)
             l = &mm->limbo[i];
         unused += mm->limbo[i].state == LIMBO_FREE;
     }
-    if (l && unused && has_work(l))
+    if (l && unused && has_work(l) && may_overtake(mm, now, later)) {
         l->state = LIMBO_TAKEN;
-    else
+        l->taken = now;
+    } else {
         l = NULL;
+    }
     mutex_unlock(&mm->queue_lock);
     rwlock_read_unlock(&mm->as);
     return l;
+}
+
+/* The caller of the event may not have run again since it was read, and its event is pending until it has: memory that stays registered for
+ * that would cost the program a fault. */
+static void prune_soon(struct mm *mm, const struct limbo_range *r)
+{
+    for (unsigned attempt = 0; attempt < PRUNE_TRIES && !mutate("prune-again"); attempt++) {
+        mm_backoff(mm, attempt);
+        if (mm_prune(mm, r->start, r->end))
+            return;
+    }
+}
+
+/* Devices have let go: whoever waits for that may go on. */
+static void set_freed(struct mm *mm, struct limbo *l)
+{
+    if (l->remaps) {
+        __atomic_fetch_sub(&mm->remaps_pending, l->remaps, __ATOMIC_SEQ_CST);
+        futex_wake(&mm->remaps_pending, INT_MAX);
+    }
+    mutex_lock(&mm->queue_lock);
+    l->remaps = 0;
+    l->freed = true;
+    __atomic_fetch_add(&mm->limbo_landed, 1, __ATOMIC_SEQ_CST);
+    mutex_unlock(&mm->queue_lock);
+    futex_wake(&mm->limbo_landed, INT_MAX);
 }
 
 void mm_limbo_land(struct mm *mm, struct limbo *l)
@@ -120,18 +171,21 @@ void mm_limbo_land(struct mm *mm, struct limbo *l)
     for (unsigned i = 0; i < l->marks; i++)
         notifier_end(&mm->notifiers, &l->inv[i]);
     chain_put(l->chain);
+    set_freed(mm, l);
+    struct limbo_range later[LIMBO_MARKS];
+    unsigned n = 0;
     for (unsigned i = 0; i < l->ranges; i++)
-        mm_prune(mm, l->range[i].start, l->range[i].end);
-    if (l->remaps) {
-        __atomic_fetch_sub(&mm->remaps_pending, l->remaps, __ATOMIC_SEQ_CST);
-        futex_wake(&mm->remaps_pending, INT_MAX);
-    }
+        if (!mm_prune(mm, l->range[i].start, l->range[i].end))
+            later[n++] = l->range[i];
     mutex_lock(&mm->queue_lock);
-    l->marks = l->remaps = l->ranges = 0;
+    l->marks = l->ranges = 0;
     l->chain = 0;
+    l->freed = false;
     l->state = LIMBO_FREE;
     mutex_unlock(&mm->queue_lock);
     mm->limbo_ready(mm); /* a batch that found no free one behind it may be taken now */
+    for (unsigned i = 0; i < n; i++)
+        prune_soon(mm, &later[i]);
 }
 
 void mm_remaps_wait(struct mm *mm)
@@ -139,4 +193,32 @@ void mm_remaps_wait(struct mm *mm)
     uint32_t n;
     while ((n = __atomic_load_n(&mm->remaps_pending, __ATOMIC_SEQ_CST)) != 0)
         futex_wait(&mm->remaps_pending, n, -1);
+}
+
+/* Whether one of the first `filled` batches has something to do, or is at it. */
+static bool has_older(struct mm *mm, uint32_t filled)
+{
+    bool any = false;
+    mutex_lock(&mm->queue_lock);
+    for (unsigned i = 0; i < LIMBO_BATCHES; i++) {
+        const struct limbo *l = &mm->limbo[i];
+        any |= l->state != LIMBO_FREE && !l->freed && has_work(l) && (int32_t)(l->number - filled) <= 0;
+    }
+    mutex_unlock(&mm->queue_lock);
+    return any;
+}
+
+void mm_limbo_wait(struct mm *mm, uint64_t timeout_ns)
+{
+    uint64_t since = os_now(), waited = 0;
+    mm_sync(mm); /* what was read is applied */
+    mutex_lock(&mm->queue_lock);
+    uint32_t filled = mm->limbo_filled;
+    mutex_unlock(&mm->queue_lock);
+    for (uint32_t landed; waited < timeout_ns; waited = os_now() - since) {
+        landed = __atomic_load_n(&mm->limbo_landed, __ATOMIC_SEQ_CST);
+        if (!has_older(mm, filled))
+            break;
+        futex_wait(&mm->limbo_landed, landed, (int64_t)(timeout_ns - waited));
+    }
 }

@@ -6,22 +6,25 @@
 #include <string.h>
 
 #include "base/alloc.h"
+#include "mm/arm.h"
+#include "mm/event.h"
 #include "os/own.h"
 
 #define POOL_FLIGHTS 48
 
 static int open_descriptors(struct mm *mm)
 {
-    int r = os->uffd_open(OS_UFFD_REQUIRED, &mm->uffd);
+    int r = os->uffd_open(OS_UFFD_REQUIRED | UFFD_FEATURE_EVENT_FORK, &mm->uffd);
+    if (r) /* it takes CAP_SYS_PTRACE: without it fork handlers do what can be done (process/fork.c) */
+        r = os->uffd_open(OS_UFFD_REQUIRED, &mm->uffd);
+    else
+        mm->fork_event = true;
     if (r)
         return hmm_fail(r, "userfaultfd cannot be opened (%s): `hmm check` names what is missing and the remedy",
                         hmm_strerror(r));
-    r = os->uffd_open(UFFD_FEATURE_MOVE, &mm->discard_uffd);
-    if (r)
-        goto close_uffd;
     r = mm->pagemap_fd = os->pagemap_open();
     if (r < 0)
-        goto close_discard;
+        goto close_uffd;
     r = mm->maps_fd = os->maps_open();
     if (r < 0)
         goto close_pagemap;
@@ -29,19 +32,15 @@ static int open_descriptors(struct mm *mm)
 
 close_pagemap:
     os->close(mm->pagemap_fd);
-close_discard:
-    os->close(mm->discard_uffd.fd);
 close_uffd:
     os->close(mm->uffd.fd);
-    return hmm_fail(r, "descriptors of /proc/self (pagemap, maps) or a second userfaultfd cannot be opened: %s",
-                    hmm_strerror(r));
+    return hmm_fail(r, "descriptors of /proc/self (pagemap, maps) cannot be opened: %s", hmm_strerror(r));
 }
 
 static void close_descriptors(struct mm *mm)
 {
     os->close(mm->maps_fd);
     os->close(mm->pagemap_fd);
-    os->close(mm->discard_uffd.fd);
     os->close(mm->uffd.fd);
 }
 
@@ -56,14 +55,21 @@ static int make_flights(struct mm *mm)
     return 0;
 }
 
+static const char *name_of(const struct hmm_device *dev)
+{
+    return dev->driver->name;
+}
+
 int mm_init(struct mm *mm)
 {
     memset(mm, 0, sizeof(*mm));
     rwlock_init(&mm->as, RANK_AS);
     mutex_init(&mm->queue_lock, RANK_QUEUE);
     notifier_tree_init(&mm->notifiers);
+    mm->notifiers.device_name = name_of;
     list_init(&mm->free_flights);
     list_init(&mm->lru);
+    list_init(&mm->captures);
     int r = open_descriptors(mm);
     if (r)
         goto destroy_locks;
@@ -73,19 +79,11 @@ int mm_init(struct mm *mm)
     r = make_flights(mm);
     if (r)
         goto free_flights;
-    r = own_map(OS_BLOCK_SIZE, OS_BLOCK_SIZE, OS_MAP_NOHUGE, &mm->discard);
-    if (r)
-        goto free_flights;
-    r = os->uffd_register(mm->discard_uffd.fd, (uintptr_t)mm->discard, OS_BLOCK_SIZE);
-    if (r)
-        goto unmap_discard;
     r = mm->gate_fd = os->map_shown(os_page_size(), (void **)&mm->gate);
     if (r < 0)
-        goto unmap_discard;
+        goto free_flights;
     return 0;
 
-unmap_discard:
-    own_unmap(mm->discard, OS_BLOCK_SIZE);
 free_flights:
     flight_free_all(mm);
     pagetable_exit(&mm->pt);
@@ -102,12 +100,12 @@ destroy_locks:
 void mm_exit(struct mm *mm)
 {
     rwlock_write_lock(&mm->as);
-    for (struct block *b; (b = pagetable_next(&mm->pt, 0, UINTPTR_MAX)) && mm_disarm(mm, b);)
-        ;
+    while (mm->regions.root)
+        region_drop(mm, mm->regions.root);
+    regions_exit(&mm->kept);
     rwlock_write_unlock(&mm->as);
     os->close(mm->gate_fd);
     os->unmap(mm->gate, os_page_size());
-    own_unmap(mm->discard, OS_BLOCK_SIZE);
     flight_free_all(mm);
     pagetable_exit(&mm->pt);
     close_descriptors(mm);

@@ -97,6 +97,16 @@ const char *thread_holding_locks(uint32_t tid)
     return NULL;
 }
 
+/* The control block stands at the upper end of the stack. */
+bool thread_stack_within(uintptr_t start, uintptr_t end)
+{
+    for (unsigned i = 0; i < __atomic_load_n(&threads.top, __ATOMIC_ACQUIRE); i++)
+        if (__atomic_load_n(&threads.known[i].tid, __ATOMIC_ACQUIRE) && threads.known[i].block >= start &&
+            threads.known[i].block < end)
+            return true;
+    return false;
+}
+
 static int create(pthread_t *id, void *(*fn)(void *), void *arg)
 {
     sigset_t all, old;
@@ -225,9 +235,17 @@ void threads_forget(void)
 
 /* ---- library threads ---- */
 
+static __thread bool in_library __attribute__((tls_model("initial-exec")));
+
+bool thread_in_library(void)
+{
+    return in_library;
+}
+
 static void *thread_main(void *arg)
 {
     struct hmm_thread *t = arg;
+    in_library = true;
     prctl(PR_SET_NAME, t->name);
     signals_library_thread();
     log_library_thread();
@@ -292,17 +310,38 @@ static void worker_main(void *arg)
 
 int workers_start(struct workers *w, const char *name, unsigned n)
 {
+    return workers_start_growing(w, name, n, n);
+}
+
+int workers_start_growing(struct workers *w, const char *name, unsigned n, unsigned max)
+{
     memset(w, 0, sizeof(*w));
     mutex_init(&w->lock, RANK_QUEUE);
     list_init(&w->queue);
-    w->threads = mem_alloc(n * sizeof(*w->threads));
-    w->room = n;
+    w->threads = mem_alloc(max * sizeof(*w->threads));
+    w->room = max;
+    w->name = name;
     int r = w->threads ? 0 : -ENOMEM;
     for (; w->n < n && !r; w->n += r == 0)
         r = hmm_thread_start(&w->threads[w->n], name, worker_main, w);
     if (r)
         workers_stop(w);
     return r ? hmm_fail(r, "threads %s cannot be started: %s", name, hmm_strerror(r)) : 0;
+}
+
+void workers_grow(struct workers *w)
+{
+    mutex_lock(&w->lock);
+    bool grow = !w->growing && !w->stopping && !list_empty(&w->queue) && w->n < w->room;
+    w->growing |= grow;
+    mutex_unlock(&w->lock);
+    if (!grow)
+        return;
+    int r = hmm_thread_start(&w->threads[w->n], w->name, worker_main, w);
+    mutex_lock(&w->lock);
+    w->n += r == 0;
+    w->growing = false;
+    mutex_unlock(&w->lock);
 }
 
 void workers_stop(struct workers *w)

@@ -20,8 +20,12 @@ void threads_stop(void);
 void threads_forget(void);
 /* Runs fn in the root thread and waits: for what must happen in the private descriptor table. */
 int threads_call(int (*fn)(void *), void *arg);
+/* Whether the calling thread is one of those that share the private descriptor table. */
+bool thread_in_library(void);
 /* Name of the library thread with this id if it holds a lock (known in builds that check locks), or NULL; lock-free. */
 const char *thread_holding_locks(uint32_t tid);
+/* Whether a library thread has its stack within [start, end); lock-free. */
+bool thread_stack_within(uintptr_t start, uintptr_t end);
 
 /* ---- work for a pool of threads ---- */
 
@@ -35,6 +39,8 @@ struct workers {
     struct list queue;
     uint32_t word; /* futex: moves when work was queued or at the end */
     bool stopping;
+    bool growing; /* workers_grow() is at it */
+    const char *name;
     unsigned n, started;
     unsigned room; /* of threads */
     struct hmm_thread **threads;
@@ -42,6 +48,11 @@ struct workers {
 
 /* worker indices 0 .. n-1. */
 int workers_start(struct workers *w, const char *name, unsigned n);
+/* The same with room for more: workers_grow() adds one, up to max. */
+int workers_start_growing(struct workers *w, const char *name, unsigned n, unsigned max);
+/* For work that has waited too long, because those that are there wait themselves for something that may never come. Adds a thread if
+ * work is queued and there is room. Application context: nobody on the fault path may call it. */
+void workers_grow(struct workers *w);
 /* Finishes queued work, then joins. */
 void workers_stop(struct workers *w);
 /* Queues; nothing if it is queued already. The item is unlinked before fn runs, and not touched after: fn may free it. */

@@ -1,151 +1,27 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * See notifier.h. The tree is a treap (Seidel and Aragon 1996): a binary search tree over (start, address of the node), a heap
- * over pseudo-random priorities, so that its expected depth is logarithmic in any order of insertion. max_end is the largest
- * end in the subtree (CLRS 14.3). link[0] and link[1] are the children, link[2] the parent.
- *
- * Callbacks run one at a time, without the lock. A running one is counted in `calls`; only that one: a notifier whose turn has
- * not come can be removed without waiting, so a remover never waits for another notifier's callback, which may want the
- * remover's locks. Between two callbacks the walk goes on from the key of the last, never from its memory.
+ * See notifier.h. Callbacks run one at a time, without the lock. A running one is counted in `calls`; only that one: a notifier
+ * whose turn has not come can be removed without waiting, so a remover never waits for another notifier's callback, which may want
+ * the remover's locks. Between two callbacks the walk goes on from the key of the last, never from its memory.
  */
 #include "notifier/notifier.h"
 
 #include <errno.h>
 
 #include "base/error.h"
+#include "debug/inject.h"
+#include "notifier/changing.h"
+#include "notifier/running.h"
+#include "notifier/treap.h"
 #include "os/os.h"
-
-enum { LEFT, RIGHT, PARENT };
-
-/* A place in the order of the tree. */
-struct key {
-    uintptr_t start;
-    uintptr_t address;
-};
-
-/* A callback that this thread is in. */
-struct call {
-    struct call *outer;
-    struct hmm_notifier *n;
-    bool removed; /* by the callback itself, against the rules: n is not touched any more */
-};
-static __thread struct call *calls_here __attribute__((tls_model("initial-exec")));
-
-/* ---- the tree; every function: caller holds t->lock ---- */
-
-static struct key key_of(const struct hmm_notifier *n)
-{
-    return (struct key){n->start, (uintptr_t)n};
-}
-
-static bool key_before(struct key a, struct key b)
-{
-    return a.start != b.start ? a.start < b.start : a.address < b.address;
-}
-
-static bool overlaps(const struct hmm_notifier *n, uintptr_t start, uintptr_t end)
-{
-    return n->start < end && start < n->end;
-}
-
-/* The finalizer of splitmix64: the same insertions give the same tree. */
-static uint32_t priority_of(uint64_t number)
-{
-    uint64_t z = number * 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return (uint32_t)(z >> 32);
-}
-
-static uintptr_t max_end_of(const struct hmm_notifier *n)
-{
-    uintptr_t max = n->end;
-    for (unsigned side = LEFT; side <= RIGHT; side++)
-        if (n->link[side] && n->link[side]->max_end > max)
-            max = n->link[side]->max_end;
-    return max;
-}
-
-/* Where the parent, or the tree, points to n. */
-static struct hmm_notifier **place_of(struct notifier_tree *t, struct hmm_notifier *n)
-{
-    struct hmm_notifier *parent = n->link[PARENT];
-    return parent ? &parent->link[parent->link[RIGHT] == n] : &t->root;
-}
-
-/* Lifts n above its parent; the order stays. */
-static void rotate_up(struct notifier_tree *t, struct hmm_notifier *n)
-{
-    struct hmm_notifier *parent = n->link[PARENT];
-    unsigned side = parent->link[RIGHT] == n;
-    struct hmm_notifier *inner = n->link[!side];
-    *place_of(t, parent) = n;
-    n->link[PARENT] = parent->link[PARENT];
-    n->link[!side] = parent;
-    parent->link[PARENT] = n;
-    parent->link[side] = inner;
-    if (inner)
-        inner->link[PARENT] = parent;
-    parent->max_end = max_end_of(parent);
-    n->max_end = max_end_of(n);
-}
-
-static void tree_insert(struct notifier_tree *t, struct hmm_notifier *n)
-{
-    struct hmm_notifier *parent = NULL, **place = &t->root;
-    while (*place) {
-        parent = *place;
-        if (parent->max_end < n->end)
-            parent->max_end = n->end;
-        place = &parent->link[!key_before(key_of(n), key_of(parent))];
-    }
-    n->link[LEFT] = n->link[RIGHT] = NULL;
-    n->link[PARENT] = parent;
-    n->max_end = n->end;
-    *place = n;
-    while (n->link[PARENT] && n->link[PARENT]->priority < n->priority)
-        rotate_up(t, n);
-}
-
-static void tree_remove(struct notifier_tree *t, struct hmm_notifier *n)
-{
-    while (n->link[LEFT] || n->link[RIGHT]) {
-        struct hmm_notifier *l = n->link[LEFT], *r = n->link[RIGHT];
-        rotate_up(t, !r || (l && l->priority > r->priority) ? l : r);
-    }
-    *place_of(t, n) = NULL;
-    for (struct hmm_notifier *up = n->link[PARENT]; up; up = up->link[PARENT])
-        up->max_end = max_end_of(up);
-    n->link[PARENT] = NULL;
-}
-
-/* The first notifier behind `after` that overlaps [start, end), or NULL. The subtrees that are passed over hold nothing that
- * ends behind start, or nothing behind `after`, but for one path each: logarithmic. */
-static struct hmm_notifier *next_overlap(struct hmm_notifier *n, struct key after, uintptr_t start, uintptr_t end)
-{
-    while (n && n->max_end > start) {
-        if (key_before(after, key_of(n))) {
-            struct hmm_notifier *found = next_overlap(n->link[LEFT], after, start, end);
-            if (found)
-                return found;
-            if (n->start >= end)
-                return NULL; /* and so does all to the right */
-            if (overlaps(n, start, end))
-                return n;
-        }
-        n = n->link[RIGHT];
-    }
-    return NULL;
-}
-
-#define KEY_FIRST ((struct key){0, 0})
 
 /* ---- waiting; caller holds t->lock ---- */
 
-static void wait_change(struct notifier_tree *t)
+/* For timeout_ns at most; < 0: for ever. */
+static void wait_change(struct notifier_tree *t, int64_t timeout_ns)
 {
     t->waiters++;
-    mutex_wait(&t->lock, &t->changes, t->changes);
+    mutex_wait_timeout(&t->lock, &t->changes, t->changes, timeout_ns);
     t->waiters--;
 }
 
@@ -164,6 +40,7 @@ void notifier_tree_init(struct notifier_tree *t)
     *t = (struct notifier_tree){0};
     mutex_init(&t->lock, RANK_NOTIFIER);
     list_init(&t->active);
+    list_init(&t->running);
 }
 
 void notifier_tree_destroy(struct notifier_tree *t)
@@ -171,11 +48,18 @@ void notifier_tree_destroy(struct notifier_tree *t)
     mutex_destroy(&t->lock);
 }
 
-/* An owner's own migration is none of its notifiers' business. */
+/* An owner's own migration is none of its notifiers' business; what it has written is nobody else's. */
 static bool concerns(const struct hmm_event *event, const struct hmm_notifier *n)
 {
-    return overlaps(n, event->start, event->end) &&
-           !(event->type == HMM_EVENT_MIGRATE && event->owner && event->owner == n->dev);
+    if (!overlaps(n, event->start, event->end))
+        return false;
+    if (!event->owner)
+        return true;
+    switch (event->type) {
+    case HMM_EVENT_MIGRATE: return event->owner != n->dev;
+    case HMM_EVENT_SOFT_DIRTY: return event->owner == n->dev;
+    default: return true;
+    }
 }
 
 /* Moves the sequence numbers below n; returns whether there was one. */
@@ -183,7 +67,8 @@ static bool mark(struct hmm_notifier *n, const struct hmm_event *event)
 {
     bool marked = false;
     while (n && n->max_end > event->start) {
-        marked |= mark(n->link[LEFT], event);
+        if (n->left_end > event->start)
+            marked |= mark(n->link[LEFT], event);
         if (n->start >= event->end)
             break;
         if (concerns(event, n)) {
@@ -223,7 +108,7 @@ void notifier_end(struct notifier_tree *t, struct invalidation *inv)
 static struct hmm_notifier *next_to_call(struct notifier_tree *t, const struct invalidation *inv, struct key after)
 {
     struct hmm_notifier *n;
-    while ((n = next_overlap(t->root, after, inv->event.start, inv->event.end)) != NULL) {
+    while ((n = treap_next(t->root, after, inv->event.start, inv->event.end)) != NULL) {
         if (n->born < inv->insertions && concerns(&inv->event, n))
             return n;
         after = key_of(n);
@@ -231,31 +116,35 @@ static struct hmm_notifier *next_to_call(struct notifier_tree *t, const struct i
     return NULL;
 }
 
+/* Only -EAGAIN, and only where nothing may be waited for, is an answer. */
+static int check_answer(const struct notifier_tree *t, const struct call *call, int err)
+{
+    const struct hmm_event *event = call->event;
+    bool may_refuse = !event->blockable || event->brief;
+    char name[160];
+    if (!err || (err == -EAGAIN && may_refuse))
+        return err;
+    running_name(t, call->ops, call->dev, call->start, call->end, name, sizeof(name));
+    hmm_log(HMM_LOG_ERROR, "notifier: %s returned %d (%s, %s); it must %s; taken as done", name, err, event_name(event->type),
+            event->brief       ? "brief"
+            : event->blockable ? "blockable"
+                               : "not blockable",
+            may_refuse ? "return 0 or -EAGAIN" : "return 0");
+    return 0;
+}
+
 /* Runs one callback, without the lock. Caller holds t->lock before and after. */
 static int run_callback(struct notifier_tree *t, struct hmm_notifier *n, const struct hmm_event *event)
 {
-    int (*invalidate)(struct hmm_notifier *, const struct hmm_event *) = n->ops->invalidate;
-    struct call call = {.outer = calls_here, .n = n};
-    n->calls++;
-    t->callbacks++;
+    struct call call;
+    running_enter(t, &call, n, event);
     mutex_unlock(&t->lock);
-    calls_here = &call;
-    int err = invalidate(n, event);
-    calls_here = call.outer;
-    bool may_refuse = !event->blockable || event->brief;
-    if (err && (err != -EAGAIN || !may_refuse))
-        hmm_log(HMM_LOG_ERROR, "notifier: callback %p returned %d for [%#lx, %#lx), %s; it must %s; taken as done",
-                (void *)(uintptr_t)invalidate, err, (unsigned long)event->start, (unsigned long)event->end,
-                event->brief       ? "brief"
-                : event->blockable ? "blockable"
-                                   : "not blockable",
-                may_refuse ? "return 0 or -EAGAIN" : "return 0");
+    int err = check_answer(t, &call, call.ops->invalidate(n, event));
     mutex_lock(&t->lock);
-    if (!call.removed) {
-        n->calls--;
-        changed(t);
-    }
-    return err == -EAGAIN && may_refuse ? -EAGAIN : 0;
+    t->refused += err == -EAGAIN;
+    running_leave(t, &call);
+    changed(t);
+    return err;
 }
 
 int notifier_call(struct notifier_tree *t, struct invalidation *inv, enum notifier_how how)
@@ -280,49 +169,82 @@ int notifier_call(struct notifier_tree *t, struct invalidation *inv, enum notifi
 
 /* ---- notifiers ---- */
 
-int notifier_insert(struct notifier_tree *t, struct hmm_notifier *n)
+static int check_interval(uintptr_t start, uintptr_t end, const struct hmm_notifier_ops *ops)
 {
-    if (n->start >= n->end || (n->start | n->end) % os_page_size())
-        return hmm_fail(-EINVAL, "notifier: [%#lx, %#lx) is empty or not aligned to pages of %zu bytes",
-                        (unsigned long)n->start, (unsigned long)n->end, os_page_size());
-    if (!n->ops || !n->ops->invalidate)
+    if (start >= end)
+        return hmm_fail(-EINVAL, "notifier: the interval [%#lx, %#lx) is empty, reversed, or wraps around",
+                        (unsigned long)start, (unsigned long)end);
+    if ((start | end) % os_page_size())
+        return hmm_fail(-EINVAL, "notifier: the interval [%#lx, %#lx) is not aligned to pages of %zu bytes",
+                        (unsigned long)start, (unsigned long)end, os_page_size());
+    if (!ops || !ops->invalidate)
         return hmm_fail(-EINVAL, "notifier: no invalidate callback; without one the device would keep stale translations");
-    mutex_lock(&t->lock);
-    n->calls = 0;
-    n->born = t->insertions++;
-    n->priority = priority_of(n->born);
-    /* What was cached in an earlier life of this memory must not look current. */
-    __atomic_store_n(&n->seq, (n->born + 1) << 32, __ATOMIC_SEQ_CST);
-    tree_insert(t, n);
-    t->count++;
-    mutex_unlock(&t->lock);
     return 0;
 }
 
-/* Leaves out the callbacks that this thread is in itself: it would wait for ever. Returns their number. */
-static uint32_t own_calls(struct hmm_notifier *n)
+int notifier_insert(struct notifier_tree *t, struct hmm_notifier *n, struct hmm_device *dev, uintptr_t start, uintptr_t end,
+                    const struct hmm_notifier_ops *ops)
 {
-    uint32_t own = 0;
-    for (struct call *c = calls_here; c; c = c->outer)
-        if (c->n == n && !c->removed) {
-            c->removed = true;
-            own++;
-        }
-    return own;
+    int r = check_interval(start, end, ops);
+    if (r)
+        return r;
+    mutex_lock(&t->lock);
+    if (treap_has(t, n) && !mutate("notifier-twice")) {
+        r = hmm_fail(-EEXIST, "notifier: inserted already, for [%#lx, %#lx); remove it first, or use another",
+                     (unsigned long)n->start, (unsigned long)n->end);
+        goto unlock;
+    }
+    n->start = start;
+    n->end = end;
+    n->ops = ops;
+    n->calls = 0;
+    n->born = t->insertions++;
+    /* What was cached in an earlier life of this memory must not look current. */
+    __atomic_store_n(&n->seq, (n->born + 1) << 32, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&n->dev, dev, __ATOMIC_RELEASE);
+    treap_insert(t, n);
+    t->count++;
+    t->bytes += end - start;
+unlock:
+    mutex_unlock(&t->lock);
+    if (!r)
+        changing_mark(start, end);
+    return r;
 }
 
-void notifier_remove(struct notifier_tree *t, struct hmm_notifier *n)
+/* Caller holds t->lock. */
+static void wait_for_callbacks(struct notifier_tree *t, const struct hmm_notifier *n)
 {
-    uint32_t own = own_calls(n);
-    if (own)
-        hmm_log(HMM_LOG_ERROR, "notifier: removed by its own callback %p, which is not allowed; remove it after the callback",
-                (void *)(uintptr_t)n->ops->invalidate);
+    struct complaint c;
+    complaint_begin(&c, "hmm_notifier_remove()", n);
+    while (n->calls && !mutate("notifier-remove")) {
+        wait_change(t, complaint_sleep(&c));
+        complaint_look(t, &c);
+    }
+}
+
+int notifier_remove(struct notifier_tree *t, struct hmm_notifier *n)
+{
+    if (running_here(n)) {
+        char name[160];
+        running_name(t, n->ops, n->dev, n->start, n->end, name, sizeof(name));
+        hmm_log(HMM_LOG_ERROR,
+                "notifier: %s removes its own notifier, which would wait for itself: refused; do it after the callback", name);
+        return hmm_fail(-EDEADLK, "notifier: removed from inside of its own %s; do it after the callback has returned", name);
+    }
     mutex_lock(&t->lock);
-    tree_remove(t, n);
-    t->count--;
-    while (n->calls > own)
-        wait_change(t);
+    int r = treap_has(t, n) ? 0 : -ENOENT;
+    if (!r) {
+        treap_remove(t, n);
+        t->count--;
+        t->bytes -= n->end - n->start;
+        __atomic_fetch_add(&n->seq, 1, __ATOMIC_SEQ_CST); /* what was read before is not current any more */
+        wait_for_callbacks(t, n);
+        __atomic_store_n(&n->dev, NULL, __ATOMIC_RELEASE);
+        changed(t);
+    }
     mutex_unlock(&t->lock);
+    return r ? hmm_fail(r, "notifier: removed, but it is not inserted (removed before?)") : 0;
 }
 
 /* Whether an invalidation of n's interval has begun and not ended. Caller holds t->lock. */
@@ -334,19 +256,53 @@ static bool invalidating(struct notifier_tree *t, const struct hmm_notifier *n)
     return false;
 }
 
-uint64_t notifier_read_begin(struct notifier_tree *t, struct hmm_notifier *n)
+/* 0 when it was removed meanwhile. Caller holds t->lock. */
+static uint64_t current_seq(const struct hmm_notifier *n)
 {
+    return n->dev ? hmm_notifier_seq(n) : 0;
+}
+
+uint64_t notifier_read_begin_timeout(struct notifier_tree *t, struct hmm_notifier *n, int64_t timeout_ns)
+{
+    uint64_t seq = 0;
+    bool waited = false;
+    struct complaint c;
+    changing_wait(n->start, n->end);
     mutex_lock(&t->lock);
-    while (invalidating(t, n))
-        wait_change(t);
-    uint64_t seq = hmm_notifier_seq(n);
+    for (uint64_t deadline = 0; n->dev && invalidating(t, n);) {
+        if (!waited) {
+            complaint_begin(&c, "hmm_notifier_read_begin()", n);
+            deadline = c.began + (uint64_t)timeout_ns;
+            waited = true;
+        }
+        int64_t sleep = complaint_sleep(&c), left = timeout_ns < 0 ? sleep : (int64_t)(deadline - os_now());
+        if (left <= 0)
+            goto unlock;
+        wait_change(t, left < sleep ? left : sleep);
+        complaint_look(t, &c);
+    }
+    seq = current_seq(n);
+unlock:
     mutex_unlock(&t->lock);
     return seq;
+}
+
+uint64_t notifier_read_begin(struct notifier_tree *t, struct hmm_notifier *n)
+{
+    return notifier_read_begin_timeout(t, n, -1);
 }
 
 bool hmm_notifier_read_retry(const struct hmm_notifier *n, uint64_t seq)
 {
     return hmm_notifier_seq(n) != seq;
+}
+
+uint64_t notifier_bytes(struct notifier_tree *t, const struct hmm_device *dev)
+{
+    mutex_lock(&t->lock);
+    uint64_t bytes = treap_bytes(t->root, dev);
+    mutex_unlock(&t->lock);
+    return bytes;
 }
 
 unsigned notifier_count(struct notifier_tree *t)
@@ -357,28 +313,18 @@ unsigned notifier_count(struct notifier_tree *t)
     return n;
 }
 
-/* ---- validation ---- */
-
-/* Checks the subtree of n, whose keys lie behind low and before high (NULL: no bound). Returns its nodes, or -1. Caller holds
- * t->lock. */
-static long check_subtree(const struct hmm_notifier *n, const struct hmm_notifier *parent, const struct hmm_notifier *low,
-                          const struct hmm_notifier *high)
+bool notifier_any(struct notifier_tree *t, uintptr_t start, uintptr_t end)
 {
-    if (!n)
-        return 0;
-    bool ok = n->link[PARENT] == parent && n->start < n->end && n->max_end == max_end_of(n);
-    ok = ok && (!parent || n->priority <= parent->priority);
-    ok = ok && (!low || key_before(key_of(low), key_of(n))) && (!high || key_before(key_of(n), key_of(high)));
-    if (!ok)
-        return -1;
-    long left = check_subtree(n->link[LEFT], n, low, n), right = check_subtree(n->link[RIGHT], n, n, high);
-    return left < 0 || right < 0 ? -1 : left + right + 1;
+    mutex_lock(&t->lock);
+    bool any = treap_next(t->root, KEY_FIRST, start, end) != NULL;
+    mutex_unlock(&t->lock);
+    return any;
 }
 
 bool notifier_tree_is_valid(struct notifier_tree *t)
 {
     mutex_lock(&t->lock);
-    bool ok = check_subtree(t->root, NULL, NULL, NULL) == (long)t->count;
+    bool ok = treap_check(t) == (long)t->count;
     mutex_unlock(&t->lock);
     return ok;
 }

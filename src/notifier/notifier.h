@@ -12,7 +12,7 @@
  * means that every invalidation of the interval that began before has ended before read_begin returned, and every one that
  * begins later will call back, after that lock is free: what is published now is either right or taken back in time.
  *
- * The tree is a treap over (start, address) augmented with the largest end below (CLRS 14.3); nodes are the drivers'.
+ * Types: a MIGRATE with an owner leaves out that device's notifiers, a SOFT_DIRTY with an owner calls only that device's.
  */
 #ifndef HMM_NOTIFIER_H
 #define HMM_NOTIFIER_H
@@ -25,11 +25,16 @@ struct notifier_tree {
     struct mutex lock; /* RANK_NOTIFIER; protects everything below and every node */
     struct hmm_notifier *root;
     unsigned count;
-    struct list active;  /* struct invalidation */
-    uint32_t changes;    /* futex: active list or a calls count changed, if anybody waits */
-    uint32_t waiters;    /* on changes */
-    uint64_t insertions; /* so far; numbers the notifiers (born) and seeds their priorities */
-    uint64_t callbacks;  /* statistics */
+    struct list active;   /* struct invalidation */
+    uint32_t changes;     /* futex: active list or a calls count changed, if anybody waits */
+    uint32_t waiters;     /* on changes */
+    uint64_t insertions;  /* so far; numbers the notifiers (born) and seeds their priorities */
+    uint64_t callbacks;   /* statistics: how many have been called, */
+    uint64_t callback_ns; /* and the time that those which returned took together */
+    uint64_t refused;     /* of callbacks: those that answered -EAGAIN */
+    uint64_t bytes;       /* sum of the lengths of all notifiers */
+    struct list running;  /* struct call: callbacks that run */
+    const char *(*device_name)(const struct hmm_device *dev); /* for messages; set once, before use; may be NULL */
 };
 
 struct invalidation {
@@ -57,10 +62,34 @@ enum notifier_how {
 int notifier_call(struct notifier_tree *t, struct invalidation *inv, enum notifier_how how);
 void notifier_end(struct notifier_tree *t, struct invalidation *inv);
 
-/* Insert etc. behind the public calls: the tree is found by the caller. Insert wants start, end, dev and ops set. -EINVAL. */
-int notifier_insert(struct notifier_tree *t, struct hmm_notifier *n);
-void notifier_remove(struct notifier_tree *t, struct hmm_notifier *n);
+/* Insert etc. behind the public calls: the tree is found by the caller. Insert wants start, end, dev and ops. -EINVAL, -EEXIST. */
+int notifier_insert(struct notifier_tree *t, struct hmm_notifier *n, struct hmm_device *dev, uintptr_t start, uintptr_t end,
+                    const struct hmm_notifier_ops *ops);
+int notifier_remove(struct notifier_tree *t, struct hmm_notifier *n); /* -ENOENT, -EDEADLK */
+/* 0: it is not inserted. */
 uint64_t notifier_read_begin(struct notifier_tree *t, struct hmm_notifier *n);
+/* The same, for timeout_ns at most (< 0: for ever): 0 also when that has passed. */
+uint64_t notifier_read_begin_timeout(struct notifier_tree *t, struct hmm_notifier *n, int64_t timeout_ns);
+/* Whether an interval overlaps [start, end). Does not block; callable under the address-space and block locks. */
+bool notifier_any(struct notifier_tree *t, uintptr_t start, uintptr_t end);
+
+/* A callback that has been running for long. */
+struct notifier_overdue {
+    int (*callback)(struct hmm_notifier *, const struct hmm_event *);
+    const char *name; /* of it, or NULL; constant, the driver's */
+    struct hmm_device *dev;
+    uintptr_t start, end; /* of the notifier's interval */
+    struct hmm_event event;
+    uint64_t ns; /* how long by now */
+};
+/* The callback of dev (NULL: of any device) that has been running longest, if that is at least ns. False: none; out is unchanged. Does
+ * not block. It may have returned by the time that the caller looks. */
+bool notifier_overdue(struct notifier_tree *t, const struct hmm_device *dev, uint64_t ns, struct notifier_overdue *out);
+/* In words: "callback soft-table (0x...) of device soft for [...) has been running for 3.2 s (unmap of [...))". */
+void notifier_overdue_text(const struct notifier_tree *t, const struct notifier_overdue *o, char *buf, size_t size);
+
+/* Sum of the lengths of the device's notifiers. Looks at all: not for hot paths. */
+uint64_t notifier_bytes(struct notifier_tree *t, const struct hmm_device *dev);
 /* Number of notifiers in the tree. */
 unsigned notifier_count(struct notifier_tree *t);
 /* Order, heap property, max_end, counts; for the audit and tests. */

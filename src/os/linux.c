@@ -13,6 +13,8 @@
 const struct os_ops os_linux = {
     .uffd_open = linux_uffd_open,
     .uffd_register = linux_uffd_register,
+    .uffd_watch = linux_uffd_watch,
+    .uffd_watched = linux_uffd_watched,
     .uffd_unregister = linux_uffd_unregister,
     .uffd_copy = linux_uffd_copy,
     .uffd_zeropage = linux_uffd_zeropage,
@@ -37,12 +39,16 @@ const struct os_ops os_linux = {
     .vm_read = linux_vm_read,
     .vm_write = linux_vm_write,
     .thread_cpu = linux_thread_cpu,
+    .thread_in_fault = linux_thread_in_fault,
     .bind_cpu = linux_bind_cpu,
     .thread_blocks = linux_thread_blocks,
     .private_files = linux_private_files,
     .close = linux_close,
+    .pipe_open = linux_pipe_open,
     .fd_of_thread = linux_fd_of_thread,
     .kernel_version = linux_kernel_version,
+    .page_alone = linux_page_alone,
+    .marked = linux_marked,
     .vma_query_fast = linux_vma_query_fast,
     .read_text = linux_read_text,
 };
@@ -90,6 +96,11 @@ pid_t os_tid(void)
     if (!cached_tid)
         cached_tid = (pid_t)syscall(SYS_gettid);
     return cached_tid;
+}
+
+pid_t os_pid(void)
+{
+    return (pid_t)syscall(SYS_getpid);
 }
 
 /* The child of fork() is a thread of another name. (After a raw clone() without exec the old one stays: no such child may use

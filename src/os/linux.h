@@ -38,6 +38,8 @@ static inline int sys_close(int fd)
 /* linux_uffd.c */
 int linux_uffd_open(uint64_t features, struct os_uffd *out);
 int linux_uffd_register(int uffd, uintptr_t start, size_t len);
+int linux_uffd_watch(int uffd, uintptr_t start, size_t len);
+int linux_uffd_watched(int uffd, uintptr_t start, size_t len);
 int linux_uffd_unregister(int uffd, uintptr_t start, size_t len);
 int64_t linux_uffd_copy(int uffd, uintptr_t dst, const void *src, size_t len);
 int64_t linux_uffd_zeropage(int uffd, uintptr_t dst, size_t len);
@@ -53,6 +55,8 @@ int linux_maps_open(void);
 int linux_pagemap_scan(int fd, uintptr_t start, uintptr_t end, struct os_region *v, unsigned n, uintptr_t *walked);
 int linux_vma_query(int fd, uintptr_t addr, struct os_vma *out);
 int linux_vma_query_fast(int fd);
+int linux_page_alone(int fd, uintptr_t addr);
+int linux_marked(enum os_mark mark, uintptr_t start, uintptr_t end, struct os_region *v, unsigned n);
 /* The fallback of vma_query for kernels before 6.11: reads the list of mappings from its beginning. */
 int linux_vma_parse(uintptr_t addr, struct os_vma *out);
 /* One line of it, without newline; false for what is none. */
@@ -73,10 +77,12 @@ int linux_event_open(void);
 int linux_event_set(int fd);
 int linux_event_clear(int fd);
 int linux_thread_cpu(pid_t tid);
+int linux_thread_in_fault(pid_t tid);
 int linux_bind_cpu(int cpu);
 int linux_thread_blocks(uintptr_t *tcbs, unsigned max);
 int linux_private_files(const int *keep, unsigned n);
 int linux_close(int fd);
+int linux_pipe_open(int fds[2]);
 int linux_fd_of_thread(pid_t tid, int fd);
 int linux_kernel_version(void);
 int linux_read_text(const char *path, char *buf, size_t size);

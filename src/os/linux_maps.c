@@ -131,6 +131,7 @@ int linux_vma_query(int fd, uintptr_t addr, struct os_vma *out)
         .exec = q.vma_flags & PROCMAP_QUERY_VMA_EXECUTABLE,
         .shared = q.vma_flags & PROCMAP_QUERY_VMA_SHARED,
         .anonymous = !q.inode && !q.dev_major && !q.dev_minor,
+        .page_size = q.vma_page_size,
     };
     classify(name, out);
     return 0;
@@ -239,4 +240,60 @@ int linux_vma_parse(uintptr_t addr, struct os_vma *out)
     }
     sys_close(fd);
     return got < 0 ? (int)got : -ENOENT;
+}
+
+/* ---- fork ---- */
+
+#define PM_EXCLUSIVE ((uint64_t)1 << 56) /* of an entry of /proc/PID/pagemap: mapped once */
+
+int linux_page_alone(int fd, uintptr_t addr)
+{
+    uint64_t entry = 0;
+    int64_t r = sys_result(syscall(SYS_pread64, fd, &entry, sizeof(entry), addr / os_page_size() * sizeof(entry)));
+
+    if (r < 0)
+        return (int)r;
+    return r == sizeof(entry) && entry & PM_EXCLUSIVE ? 1 : 0;
+}
+
+/* Whether a line "VmFlags: rd wr ..." has this one of two letters. */
+static bool has_flag(const char *line, const char *flag)
+{
+    for (const char *p = line + strlen("VmFlags:"); *p; p++)
+        if (*p == ' ' && p[1] == flag[0] && p[2] == flag[1])
+            return true;
+    return false;
+}
+
+/* smaps: the line of each mapping, lines about it, the last of them its flags. */
+int linux_marked(enum os_mark mark, uintptr_t start, uintptr_t end, struct os_region *v, unsigned n)
+{
+    static const char *const flags[] = {[OS_MARK_WIPE] = "wf", [OS_MARK_KEEP] = "dc"};
+    int fd = sys_open("/proc/thread-self/smaps", O_RDONLY);
+    struct line line = {.len = 0};
+    struct os_vma vma = {0};
+    unsigned found = 0;
+    char buf[4096];
+    int64_t got = 0;
+
+    if (fd < 0)
+        return fd;
+    while (found < n && (got = sys_read(fd, buf, sizeof(buf))) > 0) {
+        const char *p = buf;
+
+        while (found < n && line_take(&line, &p, buf + got)) {
+            if (!starts_with(line.text, "VmFlags:")) {
+                linux_vma_parse_line(line.text, &vma);
+                continue;
+            }
+            if (vma.start >= end) {
+                sys_close(fd);
+                return (int)found;
+            }
+            if (vma.end > start && has_flag(line.text, flags[mark]))
+                v[found++] = (struct os_region){.start = vma.start, .end = vma.end};
+        }
+    }
+    sys_close(fd);
+    return found < n && got < 0 ? (int)got : (int)found;
 }

@@ -9,6 +9,7 @@
 #include "os/linux.h"
 
 #ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_READ 22  /* 5.14 */
 #define MADV_POPULATE_WRITE 23 /* 5.14 */
 #endif
 
@@ -23,7 +24,7 @@ static int dress(void *addr, size_t len, unsigned flags)
     /* The call itself: sanitizers make that of the C library do nothing. */
     if (syscall(SYS_munlock, addr, len) < 0)
         return -errno;
-    if (madvise(addr, len, flags & OS_MAP_WIPE ? MADV_WIPEONFORK : MADV_DONTFORK) < 0)
+    if (!(flags & OS_MAP_INHERIT) && madvise(addr, len, flags & OS_MAP_WIPE ? MADV_WIPEONFORK : MADV_DONTFORK) < 0)
         return -errno;
     /* EINVAL: a kernel without huge pages. */
     if (flags & OS_MAP_HUGE && madvise(addr, len, MADV_HUGEPAGE) < 0 && errno != EINVAL)
@@ -73,6 +74,12 @@ int linux_map(size_t len, size_t align, unsigned flags, void **out)
 
     if (!len || align & (align - 1))
         return -EINVAL;
+    if (flags & OS_MAP_COMMON) {
+        p = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+        if (p != MAP_FAILED)
+            *out = p;
+        return p == MAP_FAILED ? -errno : 0;
+    }
     p = reserve_aligned(len, align);
     if (p == MAP_FAILED)
         return -errno;
@@ -128,6 +135,7 @@ int linux_advise(void *addr, size_t len, int advice)
         [OS_ADVISE_DONTFORK] = MADV_DONTFORK,
         [OS_ADVISE_DOFORK] = MADV_DOFORK,
         [OS_ADVISE_POPULATE_WRITE] = MADV_POPULATE_WRITE,
+        [OS_ADVISE_POPULATE_READ] = MADV_POPULATE_READ,
     };
 
     if (advice < 0 || (size_t)advice >= sizeof(advices) / sizeof(advices[0]))

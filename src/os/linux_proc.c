@@ -93,8 +93,8 @@ int linux_bind_cpu(int cpu)
     return (int)sys_result(syscall(SYS_sched_setaffinity, 0, sizeof(mask), mask));
 }
 
-/* Writes "/proc/self/task/TID/stat". */
-static void stat_path(pid_t tid, char *path)
+/* Writes "/proc/self/task/TID" and the name. */
+static void task_path(pid_t tid, const char *name, char *path)
 {
     char digits[12];
     unsigned n = 0;
@@ -105,7 +105,7 @@ static void stat_path(pid_t tid, char *path)
     while (tid /= 10);
     while (n)
         *path++ = digits[--n];
-    stpcpy(path, "/stat");
+    stpcpy(path, name);
 }
 
 /* Field `want` of the fields behind the command's name, which may itself contain anything. The first is field 3. */
@@ -150,9 +150,22 @@ int linux_thread_cpu(pid_t tid)
 
     if (tid <= 0)
         return -EINVAL;
-    stat_path(tid, path);
+    task_path(tid, "/stat", path);
     len = linux_read_text(path, stat, sizeof(stat));
     return len < 0 ? len : stat_field(stat, 39);
+}
+
+/* Where it sleeps is the name of a function of the kernel, or "0" where that is not told. */
+int linux_thread_in_fault(pid_t tid)
+{
+    char path[48], where[64];
+    int len;
+
+    if (tid <= 0)
+        return -EINVAL;
+    task_path(tid, "/wchan", path);
+    len = linux_read_text(path, where, sizeof(where));
+    return len < 0 ? len : strcmp(where, "handle_userfault") == 0;
 }
 
 /* ---- threads ---- */
@@ -234,6 +247,11 @@ int linux_private_files(const int *keep, unsigned n)
         from = (unsigned)keep[i] + 1;
     }
     return err;
+}
+
+int linux_pipe_open(int fds[2])
+{
+    return (int)sys_result(syscall(SYS_pipe2, fds, O_CLOEXEC));
 }
 
 /* Before 6.9 a thread cannot be named so. Its process can, and has the same table unless the thread made its own. */

@@ -105,6 +105,20 @@ int linux_uffd_register(int uffd, uintptr_t start, size_t len)
     return uffd_ioctl(uffd, UFFDIO_REGISTER, &r);
 }
 
+int linux_uffd_watch(int uffd, uintptr_t start, size_t len)
+{
+    struct uffdio_register r = {.range = {start, len}, .mode = UFFDIO_REGISTER_MODE_WP};
+
+    return uffd_ioctl(uffd, UFFDIO_REGISTER, &r);
+}
+
+int linux_uffd_watched(int uffd, uintptr_t start, size_t len)
+{
+    struct uffdio_writeprotect w = {.range = {start, len}, .mode = UFFDIO_WRITEPROTECT_MODE_DONTWAKE};
+
+    return uffd_ioctl(uffd, UFFDIO_WRITEPROTECT, &w);
+}
+
 int linux_uffd_unregister(int uffd, uintptr_t start, size_t len)
 {
     struct uffdio_range r = {start, len};

@@ -40,10 +40,14 @@ struct os_region {
 struct os_vma {
     uintptr_t start, end;
     bool read, write, exec, shared;
-    bool anonymous; /* no file behind it */
-    bool stack;     /* the kernel's "[stack]" */
-    bool special;   /* vdso, vvar, vsyscall: never ours to touch */
+    bool anonymous;   /* no file behind it */
+    bool stack;       /* the kernel's "[stack]" */
+    bool special;     /* vdso, vvar, vsyscall: never ours to touch */
+    size_t page_size; /* bytes: larger for hugetlb; 0: not known */
 };
+
+/* MADV_WIPEONFORK, MADV_DONTFORK. */
+enum os_mark { OS_MARK_WIPE, OS_MARK_KEEP };
 
 struct os_ops {
     /* Opens a userfaultfd: /dev/userfaultfd first, then the system call, then user-mode-only. O_CLOEXEC | O_NONBLOCK.
@@ -55,6 +59,9 @@ struct os_ops {
      * lock for writing: may split or merge VMAs. -EBUSY: another userfaultfd has it; -EINVAL: a kind that cannot be
      * registered; -ENOMEM: too many mappings. */
     int (*uffd_register)(int uffd, uintptr_t start, size_t len);
+    /* The same with WP mode instead: no faults, since nothing is ever write-protected, but events. Replaces MISSING mode in one step,
+     * and is replaced by it (kernel fact 22): nothing of ours may be missing there any more. */
+    int (*uffd_watch)(int uffd, uintptr_t start, size_t len);
     /* Wakes every waiter in the range. Missing pages read as zeros afterwards: nothing of ours may be missing there. */
     int (*uffd_unregister)(int uffd, uintptr_t start, size_t len);
 
@@ -72,6 +79,9 @@ struct os_ops {
     /* UFFDIO_POISON with DONTWAKE: missing pages become such that touching them is SIGBUS, and EFAULT in system calls, until the
      * mapping or its content is dropped. They stay so when the range is unregistered. Results as of uffd_copy. */
     int64_t (*uffd_poison)(int uffd, uintptr_t dst, size_t len);
+    /* Whether uffd_watch holds for the range, by taking write-protection from pages that have none. 0: it does; -EAGAIN: an event is
+     * pending; -ENOENT: it does not. */
+    int (*uffd_watched)(int uffd, uintptr_t start, size_t len);
     /* UFFDIO_WAKE: threads asleep in the range try again. */
     int (*uffd_wake)(int uffd, uintptr_t start, size_t len);
     /* Whether an event of this userfaultfd is pending (UFFDIO_WRITEPROTECT of nothing answers EAGAIN). 1, 0 or error. */
@@ -106,8 +116,8 @@ struct os_ops {
     /* Own memory that another process can be shown: zeroed, DONTFORK, and for ever of this size. Returns a descriptor of it, which
      * nobody can map for writing any more. Undone by unmap and close. */
     int (*map_shown)(size_t len, void **out);
-    /* madvise. On program memory only OS_ADVISE_DONTFORK, _DOFORK and _POPULATE_WRITE. DONTNEED: own, unregistered memory
-     * only. POPULATE_WRITE may fault: no locks. */
+    /* madvise. On program memory only OS_ADVISE_DONTFORK, _DOFORK and _POPULATE_*. DONTNEED: own, unregistered memory
+     * only. POPULATE_READ and POPULATE_WRITE may fault: no locks. */
     int (*advise)(void *addr, size_t len, int advice);
 
     /* process_vm_readv / writev on this process: bytes done > 0, or -EFAULT. May fault: no locks held. Any alignment. */
@@ -116,6 +126,8 @@ struct os_ops {
 
     /* Which CPU a thread of ours last ran on (field 39 of /proc/self/task/TID/stat), or error. */
     int (*thread_cpu)(pid_t tid);
+    /* Whether a thread of ours sleeps in a fault of a userfaultfd: 1, 0 (also where the kernel does not say) or error. */
+    int (*thread_in_fault)(pid_t tid);
     /* Binds the calling thread to one CPU of the process's allowed set, or with cpu < 0 to all of them. */
     int (*bind_cpu)(int cpu);
     /* Fills tcbs with one address inside each thread's control block, where the kernel writes at thread exit
@@ -125,6 +137,8 @@ struct os_ops {
     /* Makes the calling thread's descriptor table private, keeping only the n descriptors in keep (ascending). */
     int (*private_files)(const int *keep, unsigned n);
     int (*close)(int fd);
+    /* A pipe in the calling thread's descriptor table, close-on-exec: fds[0] is readable (poll) when the last copy of fds[1] is closed. */
+    int (*pipe_open)(int fds[2]);
     /* A duplicate, in the calling thread's descriptor table, of descriptor fd of another thread of this process, whose table may be
      * another; close-on-exec. -EBADF: it has no such descriptor; -ESRCH: no such thread; -EMFILE, -ENOMEM; -EPERM: a filter of
      * system calls forbids pidfd_getfd(2). */
@@ -132,18 +146,27 @@ struct os_ops {
     /* "major.minor" of the running kernel as major * 1000 + minor. */
     int (*kernel_version)(void);
 
+    /* Whether no other process has this page of own memory, which children inherit: 1, 0 (also when it is not known) or error. So long as
+     * it is 1, nothing of this process was copied by fork since the page was last written. */
+    int (*page_alone)(int pagemap_fd, uintptr_t addr);
+    /* Mappings that the program has marked in this way and that overlap [start, end), ascending, n at most. Returns their number. Reads
+     * the long list of mappings: slow. */
+    int (*marked)(enum os_mark mark, uintptr_t start, uintptr_t end, struct os_region *v, unsigned n);
+
     /* For the probe. Whether vma_query is the fast call on this descriptor: 1, 0 or error. */
     int (*vma_query_fast)(int fd);
     /* Reads a small text file of /proc or /sys without its last newline, cut to size - 1 characters. Length or error. */
     int (*read_text)(const char *path, char *buf, size_t size);
 };
 
-#define OS_MAP_HUGE 1u    /* MADV_HUGEPAGE */
-#define OS_MAP_NOHUGE 2u  /* MADV_NOHUGEPAGE */
-#define OS_MAP_RESERVE 4u /* PROT_NONE */
-#define OS_MAP_WIPE 8u    /* WIPEONFORK instead of DONTFORK: children see zeros */
+#define OS_MAP_HUGE 1u     /* MADV_HUGEPAGE */
+#define OS_MAP_NOHUGE 2u   /* MADV_NOHUGEPAGE */
+#define OS_MAP_RESERVE 4u  /* PROT_NONE */
+#define OS_MAP_WIPE 8u     /* WIPEONFORK instead of DONTFORK: children see zeros */
+#define OS_MAP_INHERIT 16u /* children get a copy */
+#define OS_MAP_COMMON 32u  /* children made later see the same memory */
 
-enum { OS_ADVISE_DONTNEED, OS_ADVISE_DONTFORK, OS_ADVISE_DOFORK, OS_ADVISE_POPULATE_WRITE };
+enum { OS_ADVISE_DONTNEED, OS_ADVISE_DONTFORK, OS_ADVISE_DOFORK, OS_ADVISE_POPULATE_WRITE, OS_ADVISE_POPULATE_READ };
 
 /* The real system. */
 extern const struct os_ops os_linux;
@@ -165,6 +188,7 @@ uint64_t os_now(void);
 /* Sleeps; no locks held. */
 void os_sleep(uint64_t ns);
 pid_t os_tid(void); /* cached per thread */
+pid_t os_pid(void); /* asks: differs in a child of vfork, which sees all else as its parent does */
 /* ---- probe (src/os/probe.c) ---- */
 
 /* What hmm_check() reports; strings live in the caller's struct. */

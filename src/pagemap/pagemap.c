@@ -8,7 +8,9 @@
 #include "base/alloc.h"
 #include "base/error.h"
 #include "base/futex.h"
+#include "debug/inject.h"
 #include "os/os.h"
+#include "pagemap/limit.h"
 
 /* Every pagemap by its id. Written under the lock, read without. */
 static struct mutex registry_lock = MUTEX_INITIALIZER(RANK_PAGEMAP);
@@ -216,8 +218,9 @@ int64_t pagemap_alloc(struct pagemap *pm, uint64_t want, struct page_run *runs, 
         mutex_unlock(&pm->lock);
         return -ENODEV;
     }
-    while (got < want) {
-        uint64_t page, count = take_block(pm, want - got, &page);
+    uint64_t allowed = limit_charge(pm, want);
+    while (got < allowed) {
+        uint64_t page, count = take_block(pm, allowed - got, &page);
         if (count == 0)
             break;
         if (!add_run(runs, max, &n, page, count)) {
@@ -230,6 +233,7 @@ int64_t pagemap_alloc(struct pagemap *pm, uint64_t want, struct page_run *runs, 
     }
     pm->used += got;
     mutex_unlock(&pm->lock);
+    limit_uncharge(allowed - got);
     *nruns = n;
     return (int64_t)got;
 }
@@ -274,6 +278,8 @@ static bool release_run(struct pagemap *pm, const struct page_run *run)
         page_set_owner(&pm->pages[run->page + i], 0);
     buddy_release(pm->buddy, run->page, run->count);
     pm->used -= run->count;
+    if (!mutate("limit-uncharge"))
+        limit_uncharge(run->count);
     pm->released++;
     return pm->waiters > 0;
 }
@@ -412,6 +418,7 @@ void pagemap_destroy(struct pagemap *pm)
 {
     if (pm->used)
         hmm_log(HMM_LOG_ERROR, "pagemap %u: destroyed while %llu pages are in use", pm->id, (unsigned long long)pm->used);
+    limit_uncharge(pm->used);
     undo_all(pm);
     mem_free(pm, sizeof(*pm));
 }
@@ -454,4 +461,5 @@ void pagemap_forget(void)
     registry_lock = (struct mutex)MUTEX_INITIALIZER(RANK_PAGEMAP);
     for (unsigned i = 0; i < PAGEMAP_IDS; i++)
         registry[i] = NULL;
+    limit_forget();
 }

@@ -58,6 +58,7 @@ struct pagemap {
     struct page_desc *pages;
     struct buddy *buddy;
     uint64_t used;     /* pages with references, and those being freed */
+    uint64_t limit;    /* of used; 0: none */
     uint64_t freeing;  /* of used: no reference any more, page_free is being called */
     uint32_t released; /* futex: moves when used falls */
     uint32_t waiters;  /* sleeping on it */
@@ -86,9 +87,29 @@ int pagemap_create(const struct hmm_pagemap_desc *desc, struct hmm_device *dev, 
 struct pagemap *pagemap_by_id(uint32_t id);
 
 /* Allocates up to `want` pages with one reference each, contiguous where possible (whole orders first), as at most max runs.
- * Returns the number of pages got, which may be less than want, 0 when full, or -ENODEV when dying. Ascending within a run;
+ * Returns the number of pages got, which may be less than want, 0 when full or at a limit, or -ENODEV when dying. Ascending within a run;
  * run order is the order of use. */
 int64_t pagemap_alloc(struct pagemap *pm, uint64_t want, struct page_run *runs, unsigned max, unsigned *nruns);
+
+/*
+ * Limits (kernel: mm/page_counter.c). Of one pagemap, and of all of the process together; both in pages, 0: none. A page is charged to both
+ * from its allocation until its last reference has gone. pagemap_alloc() gets no page beyond them; one that is lower than the use
+ * frees nothing by itself.
+ */
+void pagemap_set_limit(struct pagemap *pm, uint64_t pages);
+void pagemap_set_total_limit(uint64_t pages);
+uint64_t pagemap_total_limit(void); /* 0: none */
+uint64_t pagemap_total_used(void);
+int64_t pagemap_total_room(void);           /* see struct pagemap_room */
+uint64_t pagemap_limit(struct pagemap *pm); /* 0: none */
+/* The most pages that it can have at once. */
+uint64_t pagemap_capacity(struct pagemap *pm);
+/* What one pagemap, and the process, have left. Negative: so much more is used than the limit allows. */
+struct pagemap_room {
+    int64_t own, total; /* total: INT64_MAX without a limit */
+    bool limited;       /* own is less than what is free on the device, or total less than own */
+};
+struct pagemap_room pagemap_room(struct pagemap *pm);
 
 /* One more reference. The caller holds one, or a lock that keeps the page's user from dropping it. */
 void pagemap_get(struct pagemap *pm, uint64_t page);

@@ -157,8 +157,12 @@ struct block *pagetable_next(const struct pagetable *pt, uintptr_t start, uintpt
         }
         if (level == 0)
             return (struct block *)node;
+        /* Empty slots of one node are passed over together. */
+        unsigned i = slot(addr, level - 1) + 1;
+        while (i < FANOUT && !__atomic_load_n(&node[i], __ATOMIC_ACQUIRE))
+            i++;
         uintptr_t span = slot_span(level - 1);
-        addr = (addr & ~(span - 1)) + span;
+        addr = (addr & ~(span * FANOUT - 1)) + span * i;
         if (addr == 0)
             break;
     }
@@ -234,35 +238,6 @@ void block_set(struct block *b, unsigned i, entry_t e)
     b->used += (e != 0) - (*at != 0);
     b->on_device += (entry_kind(e) == ENTRY_DEVICE) - (entry_kind(*at) == ENTRY_DEVICE);
     *at = e;
-}
-
-static bool armed_bit(const struct block *b, unsigned i)
-{
-    return b->armed[i / 64] >> i % 64 & 1;
-}
-
-bool block_is_armed(const struct block *b, unsigned i, unsigned n)
-{
-    for (; n; i++, n--)
-        if (!armed_bit(b, i))
-            return false;
-    return true;
-}
-
-void block_arm(struct block *b, unsigned i, unsigned n, bool on)
-{
-    for (; n; i++, n--)
-        b->armed[i / 64] = (b->armed[i / 64] & ~((uint64_t)1 << i % 64)) | (uint64_t)on << i % 64;
-}
-
-unsigned block_armed_run(const struct block *b, unsigned *i)
-{
-    while (*i < block_pages() && !armed_bit(b, *i))
-        *i += b->armed[*i / 64] >> *i % 64 ? 1 : 64 - *i % 64;
-    unsigned n = 0;
-    while (*i + n < block_pages() && armed_bit(b, *i + n))
-        n++;
-    return n;
 }
 
 bool block_is_valid(const struct block *b)

@@ -49,18 +49,16 @@ static inline uint64_t entry_page(entry_t e)
 }
 
 #define BLOCK_MASK (~(uintptr_t)(OS_BLOCK_SIZE - 1))
-#define BLOCK_SPARSE 8      /* entries kept without a table */
+#define BLOCK_SPARSE 8 /* entries kept without a table */
+
 #define BLOCK_PAGES_MAX 512 /* with the smallest page size there is */
-#define BLOCK_ARMED_WORDS (BLOCK_PAGES_MAX / 64)
 
 struct block {
     uintptr_t base;
-    struct mutex lock;                 /* RANK_BLOCK: everything below but lru */
-    uint64_t armed[BLOCK_ARMED_WORDS]; /* bit per page: registered with our userfaultfd and DONTFORK */
-    entry_t *table;                    /* one per page, or NULL: the list below */
+    struct mutex lock; /* RANK_BLOCK: everything below but lru */
+    entry_t *table;    /* one per page, or NULL: the list below */
     entry_t sparse[BLOCK_SPARSE];
     uint16_t sparse_page[BLOCK_SPARSE];
-    bool unproved;      /* more may be registered than is armed: see mm_arm() */
     uint16_t used;      /* entries that are not NONE */
     uint16_t on_device; /* of these DEVICE */
     bool huge;          /* came as one huge page: goes home as one */
@@ -103,10 +101,6 @@ int block_reserve(struct pagetable *pt, struct block *b, unsigned n);
 void block_reserve_must(struct pagetable *pt, struct block *b, unsigned n);
 entry_t block_entry(const struct block *b, unsigned i);
 void block_set(struct block *b, unsigned i, entry_t e);
-/* The armed pages: all of [i, i+n)? Set or clear them. The first run at or after *i: its start in *i and length, 0: none. */
-bool block_is_armed(const struct block *b, unsigned i, unsigned n);
-void block_arm(struct block *b, unsigned i, unsigned n, bool on);
-unsigned block_armed_run(const struct block *b, unsigned *i);
 /* Counts and lists agree. Caller holds the block lock or the exclusive address-space lock. */
 bool block_is_valid(const struct block *b);
 

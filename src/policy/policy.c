@@ -70,3 +70,26 @@ struct policy_range policy_cpu_fault(struct policy_streams *st, const struct pol
     st->s[i].used = ++st->clock;
     return r;
 }
+
+/* The window counts, not what the end of the block or of the memory left of it. */
+unsigned policy_zero_fault(struct policy_streams *st, const struct policy_zero_fault *in)
+{
+    bool continues;
+    unsigned i = stream_of(st, in->number, &continues);
+    unsigned window = continues ? st->s[i].window * 2 : FIRST_WINDOW;
+    if (window < FIRST_WINDOW)
+        window = FIRST_WINDOW;
+    if (window > in->pages)
+        window = in->pages;
+    st->s[i].window = window;
+    st->s[i].used = ++st->clock;
+    st->last = i;
+    return window < in->most ? window : in->most;
+}
+
+void policy_zero_given(struct policy_streams *st, uintptr_t number, unsigned pages)
+{
+    st->s[st->last].next = number + pages;
+    if (pages == 0)
+        st->s[st->last].window /= 2; /* it is asked for again */
+}

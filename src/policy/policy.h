@@ -34,6 +34,7 @@ struct policy_streams {
         uint64_t used;   /* clock of last use */
     } s[POLICY_STREAMS];
     uint64_t clock;
+    unsigned last; /* the stream of the last decision */
 };
 struct policy_cpu_fault {
     unsigned pages, page;
@@ -43,5 +44,15 @@ struct policy_cpu_fault {
 };
 /* A page that continues a stream doubles the stream's window, up to the block; any other page comes alone. Always whole granules. */
 struct policy_range policy_cpu_fault(struct policy_streams *streams, const struct policy_cpu_fault *in);
+
+/* Zeros for memory that was never touched: how many pages from `number` on, of at most `most` (> 0). A page that continues a stream gets
+ * twice what the stream got last, any other the first window. policy_zero_given() says what was given in the end. */
+struct policy_zero_fault {
+    uintptr_t number;
+    unsigned most;  /* to where the memory may be filled: the end of the block, or of what is registered */
+    unsigned pages; /* of a block: the largest window */
+};
+unsigned policy_zero_fault(struct policy_streams *streams, const struct policy_zero_fault *in);
+void policy_zero_given(struct policy_streams *streams, uintptr_t number, unsigned pages);
 
 #endif

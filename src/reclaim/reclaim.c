@@ -4,14 +4,21 @@
 
 #include <errno.h>
 
-#define LOOK_MAX 256 /* blocks looked at for one victim */
-#define USED_MAX 64  /* blocks found in use before one is waited for */
+#include "debug/inject.h"
 
+#define LOOK_MAX 256   /* blocks looked at for one victim */
+#define USED_FEW 8     /* blocks found in use before nothing is evicted, where none is to be waited for */
+#define USED_MAX 64    /* blocks found in use before one is waited for */
+#define FAILURES_MAX 8 /* times that others took the room that was made */
+
+/* pm NULL: on any. */
 static bool on_device(const struct block *b, const struct pagemap *pm)
 {
     for (unsigned i = 0; i < block_pages(); i++) {
         entry_t e = block_entry(b, i);
-        if (entry_kind(e) == ENTRY_DEVICE && entry_id(e) == pm->id && !pagemap_pins(pm, entry_page(e)))
+        if (entry_kind(e) != ENTRY_DEVICE || (pm && entry_id(e) != pm->id))
+            continue;
+        if (!pagemap_pins(pagemap_by_id(entry_id(e)), entry_page(e)))
             return true;
     }
     return false;
@@ -40,7 +47,7 @@ static uintptr_t victim(struct mm *mm, struct hmm_device *dev, uintptr_t keep)
         if (!b)
             break;
         mutex_lock(&b->lock);
-        bool useful = on_device(b, dev->pagemap), used = b->on_device > 0;
+        bool useful = on_device(b, dev ? dev->pagemap : NULL), used = b->on_device > 0;
         mutex_unlock(&b->lock);
         if (useful && b->base != keep)
             base = b->base;
@@ -51,7 +58,7 @@ static uintptr_t victim(struct mm *mm, struct hmm_device *dev, uintptr_t keep)
     return base;
 }
 
-/* Evicts one block. One that is in use is passed over while `used` has not shown that all are. */
+/* Evicts what one block has on dev; NULL: on any device. One that is in use is passed over while `used` has not shown that all are. */
 static uint64_t evict(struct mm *mm, struct hmm_device *dev, uintptr_t base, unsigned *used)
 {
     struct hmm_migrate_result res = {0};
@@ -63,12 +70,12 @@ static uint64_t evict(struct mm *mm, struct hmm_device *dev, uintptr_t base, uns
 }
 
 /* A device may use a block for as long as a job runs. So first those go that need not be waited for; each that is used goes to the
- * hot end, and the next is looked at. */
-uint64_t reclaim_make_room(struct mm *mm, struct hmm_device *dev, uint64_t pages, uintptr_t keep)
+ * hot end, and the next is looked at. Without `wait`, that is all. */
+static uint64_t evict_pages(struct mm *mm, struct hmm_device *dev, uint64_t pages, uintptr_t keep, bool wait)
 {
     uint64_t freed = 0;
     unsigned failures = 0, used = 0;
-    while (freed < pages && !__atomic_load_n(&dev->pagemap->dying, __ATOMIC_ACQUIRE)) {
+    while (freed < pages && (wait || used < USED_FEW) && !(dev && __atomic_load_n(&dev->pagemap->dying, __ATOMIC_ACQUIRE))) {
         uintptr_t base = victim(mm, dev, keep);
         if (!base)
             break;
@@ -81,29 +88,43 @@ uint64_t reclaim_make_room(struct mm *mm, struct hmm_device *dev, uint64_t pages
     return freed;
 }
 
+static uint64_t excess(int64_t room)
+{
+    return room < 0 ? -(uint64_t)room : 0;
+}
+
+/* What one more page would meet first decides whose pages go: the limit of the process is everybody's. But nobody waits for what another
+ * device uses: that might be for ever. */
+uint64_t reclaim_make_room(struct mm *mm, struct hmm_device *dev, uint64_t pages, uintptr_t keep)
+{
+    struct pagemap_room room = pagemap_room(dev->pagemap);
+    if (__atomic_load_n(&dev->pagemap->dying, __ATOMIC_ACQUIRE))
+        return 0;
+    if (room.total < room.own)
+        return evict_pages(mm, NULL, pages + excess(room.total), keep, mutate("limit-wait"));
+    return evict_pages(mm, dev, pages + excess(room.own), keep, true);
+}
+
+bool reclaim_to_limit(struct mm *mm, struct hmm_device *dev)
+{
+    evict_pages(mm, dev, excess(dev ? pagemap_room(dev->pagemap).own : pagemap_total_room()), 0, false);
+    return (dev ? pagemap_room(dev->pagemap).own : pagemap_total_room()) >= 0;
+}
+
 int reclaim_migrate_to_device(struct mm *mm, struct hmm_device *dev, uintptr_t start, uintptr_t end,
                               struct hmm_migrate_result *res)
 {
     struct tcb_list tcbs;
     tcb_list_read(&tcbs);
     struct cursor c = {.dev = dev, .at = start, .end = end, .tcbs = &tcbs, .res = res};
+    uintptr_t at = 0;
     for (unsigned failures = 0;;) {
         int r = migrate_range_to_device(mm, &c);
-        if (r != -ENOSPC)
+        if (r != -ENOSPC || c.partial)
             return r;
-        if (c.partial) {
-            /* Not one page found room: the rest of this block stays. */
-            uintptr_t next = (c.at & BLOCK_MASK) + OS_BLOCK_SIZE;
-            uintptr_t stop = next < end ? next : end;
-            res->busy += (stop - c.at) >> os_page_shift();
-            if (!res->first_stayed)
-                res->first_stayed = c.at;
-            c.at = stop;
-            c.partial = false;
-            failures = 0;
-            continue;
-        }
-        if (reclaim_make_room(mm, dev, c.lacking, c.at & BLOCK_MASK) == 0 || ++failures > 8)
-            c.partial = true;
+        failures = c.at == at ? failures + 1 : 0;
+        at = c.at;
+        if (reclaim_make_room(mm, dev, c.lacking, c.at & BLOCK_MASK) == 0 || failures > FAILURES_MAX)
+            c.partial = true; /* what fits; the rest stays, and is counted */
     }
 }

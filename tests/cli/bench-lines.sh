@@ -25,9 +25,12 @@ for line in lines:
         assert line["runs"] == 3, line
 named = {line["bench"] for line in lines}
 for bench in ("migrate_to_device", "migrate_to_system", "cpu_fault_random", "cpu_touch_sequential", "unmanaged_touch",
-              "metadata_bytes_per_page", "device_fault", "device_fault_isolated", "empty_job", "empty_job_isolated"):
+              "metadata_bytes_per_page", "device_fault", "device_fault_isolated", "empty_job", "empty_job_isolated",
+              "range_snapshot", "range_fault", "munmap_managed", "munmap_managed_event", "fork_device_resident"):
     assert bench in named, f"no line of {bench}"
-    assert bench.removesuffix("_isolated") in open(sys.argv[2]).read(), f"--list does not name {bench}"
+    assert bench.removesuffix("_isolated").removesuffix("_event") in open(sys.argv[2]).read(), f"--list does not name {bench}"
+for n in (1, 1000, 100000):
+    assert f"notifier_lookup_{n}" in named, f"no line of {n} intervals"
 PYTHON
 
 "$HMM" bench --size 4M --runs 1 --json metadata_bytes_per_page >"$dir/one" || fail "one benchmark: exit status $?"

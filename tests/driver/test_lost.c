@@ -119,9 +119,12 @@ static void what_only_the_device_had_is_lost_and_the_rest_is_not(void **state)
     (void)state;
     hmm_dev dev = lose_memory();
     assert_int_equal(pages_in_state(memory, bytes, HMM_PAGE_POISONED), PAGES); /* before anybody touched them */
+    assert_int_equal(stats_now().poisoned, 0);
     assert_lost(memory, bytes);
+    assert_int_equal(stats_now().poisoned, PAGES);
     assert_lost(memory, bytes);
     assert_holds(memory + bytes, bytes, 6);
+    assert_int_equal(stats_now().poisoned, PAGES);
     assert_int_equal(pages_in_state(memory, bytes, HMM_PAGE_POISONED), PAGES);
     assert_int_equal(pages_in_state(memory + bytes, bytes, HMM_PAGE_SYSTEM), PAGES);
     assert_logged(HMM_LOG_ERROR, 1);

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 
@@ -180,12 +181,6 @@ static int64_t lose_page(int uffd, uintptr_t dst, uintptr_t src, size_t len)
     return r;
 }
 
-static int64_t refuse_move(int uffd, uintptr_t dst, uintptr_t src, size_t len)
-{
-    (void)uffd, (void)dst, (void)src, (void)len;
-    return -EAGAIN;
-}
-
 /* As if COPY, too, refused what is not writable. */
 static int64_t refuse_copy(int uffd, uintptr_t dst, const void *src, size_t len)
 {
@@ -273,6 +268,28 @@ static int clean_unregister(int uffd, uintptr_t start, size_t len)
     return os_linux.uffd_unregister(uffd, start, len);
 }
 
+/* WP is added to what there is. */
+static int watch_too(int uffd, uintptr_t start, size_t len)
+{
+    struct uffdio_register r = {.range = {start, len}, .mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP};
+
+    return ioctl(uffd, UFFDIO_REGISTER, &r) < 0 ? -errno : 0;
+}
+
+static int watch_all(int uffd, uintptr_t start, size_t len)
+{
+    (void)uffd, (void)start, (void)len;
+    return 0;
+}
+
+/* Unmaps are not told of. */
+static int no_unmaps(int uffd, struct uffd_msg *msgs, unsigned n)
+{
+    int got = os_linux.uffd_read(uffd, msgs, n);
+
+    return got > 0 && msgs[0].event == UFFD_EVENT_UNMAP ? 0 : got;
+}
+
 static char reported[200], why[512];
 
 static void collect(const struct hmm_check_item *item, void *arg)
@@ -314,8 +331,6 @@ static void test_differences(void **state)
     expect_different("3:", "its reader got other data");
     odd.uffd_pending = lie_pending;
     expect_different("4:", "empty WRITEPROTECT");
-    odd.uffd_move = refuse_move;
-    expect_different("5:", "discard area");
     odd.uffd_copy = copy_later;
     expect_different("6:", "EAGAIN for a second");
     odd.private_files = keep_files;
@@ -340,6 +355,12 @@ static void test_differences(void **state)
     expect_different("21:", "could be read");
     odd.uffd_unregister = clean_unregister;
     expect_different("21:", "after mremap");
+    odd.uffd_watch = watch_too;
+    expect_different("22:", "a first touch in WP mode raises a fault");
+    odd.uffd_watch = watch_all;
+    expect_different("22:", "is not said to be");
+    odd.uffd_read = no_unmaps;
+    expect_different("23:", "never came");
 }
 
 /* ---- hanging and dying ---- */

@@ -235,6 +235,35 @@ static void *count_up(void *arg)
     return NULL;
 }
 
+static void *try_lock(void *arg)
+{
+    struct mutex *l = arg;
+    bool got = mutex_trylock(l);
+    if (got)
+        mutex_unlock(l);
+    return got ? l : NULL;
+}
+
+static void test_trylock_takes_only_what_is_free(void **state)
+{
+    struct mutex l;
+    pthread_t thread;
+    void *got;
+    (void)state;
+    mutex_init(&l, RANK_DRIVER);
+    assert_true(mutex_trylock(&l));
+    assert_int_equal(lock_held_ranks(), 1u << RANK_DRIVER);
+    assert_int_equal(pthread_create(&thread, NULL, try_lock, &l), 0);
+    pthread_join(thread, &got);
+    assert_null(got);
+    mutex_unlock(&l);
+    assert_int_equal(lock_held_ranks(), 0);
+    assert_int_equal(pthread_create(&thread, NULL, try_lock, &l), 0);
+    pthread_join(thread, &got);
+    assert_ptr_equal(got, &l);
+    mutex_destroy(&l);
+}
+
 static void test_mutex_excludes(void **state)
 {
     (void)state;
@@ -409,6 +438,7 @@ int main(void)
         T(test_release_without_lock_is_a_violation),
         T(test_waiting_under_another_lock_is_a_violation),
         T(test_ranks_are_per_thread),
+        T(test_trylock_takes_only_what_is_free),
         T(test_mutex_excludes),
         T(test_rwlock_excludes_writers),
         T(test_readers_share),

@@ -72,11 +72,7 @@ static const struct hmm_notifier_ops recording = {.invalidate = record};
 static void insert(struct hmm_notifier *n, uintptr_t first, uintptr_t end, const struct hmm_notifier_ops *ops)
 {
     memset(n, 0xdd, sizeof(*n));
-    n->start = first * PAGE;
-    n->end = end * PAGE;
-    n->dev = DEVICE(1);
-    n->ops = ops;
-    assert_int_equal(notifier_insert(&tree, n), 0);
+    assert_int_equal(notifier_insert(&tree, n, DEVICE(1), first * PAGE, end * PAGE, ops), 0);
 }
 
 static bool begin(struct invalidation *inv, uintptr_t first, uintptr_t end)
@@ -136,15 +132,15 @@ static void test_event_is_passed_on(void **state)
     notifier_remove(&tree, &n);
 }
 
-static void test_own_migration_is_left_out_and_nothing_else(void **state)
+static void test_owners_leave_out_or_single_out_and_nothing_else(void **state)
 {
     (void)state;
     struct hmm_notifier n;
     struct invalidation inv;
     insert(&n, 10, 20, &recording);
-    for (int type = HMM_EVENT_UNMAP; type <= HMM_EVENT_MIGRATE; type++) {
+    for (int type = HMM_EVENT_UNMAP; type <= HMM_EVENT_RELEASE; type++) {
         for (int owner = 0; owner <= 2; owner++) {
-            bool own = type == HMM_EVENT_MIGRATE && owner == 1;
+            bool own = (type == HMM_EVENT_MIGRATE && owner == 1) || (type == HMM_EVENT_SOFT_DIRTY && owner == 2);
             uint64_t seq = hmm_notifier_seq(&n);
             ncalled = 0;
             assert_int_equal(notifier_begin(&tree, &inv, 10 * PAGE, 11 * PAGE, (enum hmm_event_type)type, DEVICE(owner)), !own);
@@ -163,15 +159,17 @@ static void test_bad_intervals_are_refused(void **state)
 {
     (void)state;
     static const struct hmm_notifier_ops empty = {.invalidate = NULL};
-    static const struct {
+    const struct {
         uintptr_t start, end;
         const struct hmm_notifier_ops *ops;
-    } bad[] = {{8192, 8192, &recording}, {8192, 4096, &recording}, {1, 8192, &recording},
-               {4096, 8191, &recording}, {4096, 8192, NULL},       {4096, 8192, &empty}};
+    } bad[] = {
+        {8192, 8192, &recording}, {8192, 4096, &recording}, {1, 8192, &recording},        {4096, 8191, &recording},
+        {4096, 8192, NULL},       {4096, 8192, &empty},     {0 - PAGE, PAGE, &recording}, {PAGE, UINTPTR_MAX, &recording}};
     for (unsigned i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
-        struct hmm_notifier n = {.start = bad[i].start, .end = bad[i].end, .ops = bad[i].ops};
-        assert_int_equal(notifier_insert(&tree, &n), -EINVAL);
+        struct hmm_notifier n = {0};
+        assert_int_equal(notifier_insert(&tree, &n, DEVICE(1), bad[i].start, bad[i].end, bad[i].ops), -EINVAL);
         assert_non_null(strstr(hmm_last_message(), "notifier"));
+        assert_int_equal(notifier_remove(&tree, &n), -ENOENT);
     }
     assert_int_equal(notifier_count(&tree), 0);
 }
@@ -198,12 +196,13 @@ static void check_invalidation(unsigned *seed)
     uint64_t seq[NODES];
     unsigned n = 0, length = rand_r(seed) % 8 ? 10 : SPACE;
     uintptr_t start = (uintptr_t)rand_r(seed) % SPACE * PAGE, end = start + (uintptr_t)rand_r(seed) % length * PAGE;
-    enum hmm_event_type type = (enum hmm_event_type)(rand_r(seed) % 3);
+    enum hmm_event_type type = (enum hmm_event_type)(rand_r(seed) % (HMM_EVENT_RELEASE + 1));
     struct hmm_device *owner = rand_r(seed) % 2 ? DEVICE(1 + rand_r(seed) % 2) : NULL;
     for (unsigned i = 0; i < NODES; i++) {
         seq[i] = inserted[i] ? hmm_notifier_seq(&node[i]) : 0;
         if (inserted[i] && start < end && node[i].start < end && start < node[i].end &&
-            !(type == HMM_EVENT_MIGRATE && node[i].dev == owner))
+            !(type == HMM_EVENT_MIGRATE && node[i].dev == owner) &&
+            !(type == HMM_EVENT_SOFT_DIRTY && owner && node[i].dev != owner))
             expected[n++] = &node[i];
     }
     qsort(expected, n, sizeof(expected[0]), by_key);
@@ -241,11 +240,9 @@ static void test_random_intervals_against_list(void **state)
             inserted[i] = false;
             count--;
         } else {
-            node[i].start = (uintptr_t)rand_r(&seed) % SPACE * PAGE;
-            node[i].end = node[i].start + (1 + (uintptr_t)rand_r(&seed) % (rand_r(&seed) % 4 ? 6 : SPACE)) * PAGE;
-            node[i].dev = DEVICE(1 + rand_r(&seed) % 2);
-            node[i].ops = &recording;
-            assert_int_equal(notifier_insert(&tree, &node[i]), 0);
+            uintptr_t start = (uintptr_t)rand_r(&seed) % SPACE * PAGE;
+            uintptr_t end = start + (1 + (uintptr_t)rand_r(&seed) % (rand_r(&seed) % 4 ? 6 : SPACE)) * PAGE;
+            assert_int_equal(notifier_insert(&tree, &node[i], DEVICE(1 + rand_r(&seed) % 2), start, end, &recording), 0);
             inserted[i] = true;
             count++;
         }
@@ -296,6 +293,9 @@ static void test_validator_sees_damage(void **state)
         v[i].max_end += PAGE;
         assert_false(notifier_tree_is_valid(&tree));
         v[i].max_end -= PAGE;
+        v[i].left_end += PAGE;
+        assert_false(notifier_tree_is_valid(&tree));
+        v[i].left_end -= PAGE;
         uintptr_t start = v[i].start;
         v[i].start = i < 10 ? 1000 * PAGE : 0;
         v[i].end += 2000 * PAGE;
@@ -405,14 +405,12 @@ static void test_callbacks_may_change_the_tree(void **state)
 static int remove_self(struct hmm_notifier *n, const struct hmm_event *event)
 {
     record(n, event);
-    notifier_remove(&tree, n);
-    memset(n, 0xdd, sizeof(*n)); /* the driver frees it */
-    return 0;
+    return notifier_remove(&tree, n) == -EDEADLK ? 0 : -EIO;
 }
 
-static const struct hmm_notifier_ops removing_self = {.invalidate = remove_self};
+static const struct hmm_notifier_ops removing_self = {.invalidate = remove_self, .name = "removing-self"};
 
-static void test_removal_by_own_callback_is_reported_and_does_not_hang(void **state)
+static void test_removal_by_own_callback_is_refused_by_name(void **state)
 {
     (void)state;
     struct hmm_notifier a, b;
@@ -420,10 +418,12 @@ static void test_removal_by_own_callback_is_reported_and_does_not_hang(void **st
     insert(&b, 11, 20, &recording);
     assert_int_equal(invalidate(0, 100), 2);
     assert_int_equal(log_lines, 1);
-    assert_non_null(strstr(logged, "own callback"));
-    for (size_t i = 0; i < sizeof(a); i++)
-        assert_int_equal(((unsigned char *)&a)[i], 0xdd);
-    notifier_remove(&tree, &b);
+    assert_non_null(strstr(logged, "removing-self"));
+    assert_non_null(strstr(hmm_last_message(), "removing-self"));
+    assert_int_equal(notifier_count(&tree), 2); /* nothing was done */
+    assert_int_equal(invalidate(0, 100), 2);
+    assert_int_equal(notifier_remove(&tree, &a), 0);
+    assert_int_equal(notifier_remove(&tree, &b), 0);
 }
 
 /* ---- answers of callbacks ---- */
@@ -725,10 +725,7 @@ static void test_protocol_keeps_device_entries_right(void **state)
     memset(&mirror, 0, sizeof(mirror));
     pthread_mutex_init(&mirror.lock, NULL);
     mirror.value = 1;
-    mirror.n.start = 10 * PAGE;
-    mirror.n.end = 20 * PAGE;
-    mirror.n.ops = &mirroring;
-    assert_int_equal(notifier_insert(&tree, &mirror.n), 0);
+    assert_int_equal(notifier_insert(&tree, &mirror.n, DEVICE(1), 10 * PAGE, 20 * PAGE, &mirroring), 0);
     for (int i = 0; i < FILLERS; i++)
         f[i] = start(fill, &mirror);
     for (int i = 0; i < INVALIDATORS; i++)
@@ -832,7 +829,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         T(test_overlap_is_half_open),
         T(test_event_is_passed_on),
-        T(test_own_migration_is_left_out_and_nothing_else),
+        T(test_owners_leave_out_or_single_out_and_nothing_else),
         T(test_bad_intervals_are_refused),
         T(test_random_intervals_against_list),
         T(test_sorted_insertion_stays_shallow),
@@ -841,7 +838,7 @@ int main(void)
         T(test_inserted_after_begin_is_not_called),
         T(test_sequence_is_new_in_each_life),
         T(test_callbacks_may_change_the_tree),
-        T(test_removal_by_own_callback_is_reported_and_does_not_hang),
+        T(test_removal_by_own_callback_is_refused_by_name),
         T(test_answers),
         T(test_read_begin_waits_for_every_overlapping_end),
         T(test_newcomer_waits_for_what_began_before_it),

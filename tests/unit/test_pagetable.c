@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The page table: entries, blocks from short list to table, the tree, armed bits; random use against plain arrays. */
+/* The page table: entries, blocks from short list to table, the tree; random use against plain arrays. */
 #include <errno.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -13,6 +13,8 @@
 
 #include "mem_source.h"
 #include "pagetable/pagetable.h"
+
+#define PAGES_MAX 512 /* of a block, with the smallest page size there is */
 
 static struct pagetable pt;
 
@@ -174,7 +176,7 @@ static void a_block_is_an_array(void **state)
     (void)state;
     uint64_t r = seed_now();
     for (unsigned life = 0; life < 40; life++) {
-        entry_t oracle[BLOCK_PAGES_MAX] = {0};
+        entry_t oracle[PAGES_MAX] = {0};
         struct block *b = pagetable_get(&pt, OS_BLOCK_SIZE * 99);
         for (unsigned step = 0; step < 400; step++) {
             unsigned i = random_next(&r) % (step < 100 ? 12 : block_pages());
@@ -197,7 +199,7 @@ static void eight_entries_need_no_table(void **state)
 {
     (void)state;
     struct block *b = pagetable_get(&pt, OS_BLOCK_SIZE);
-    entry_t oracle[BLOCK_PAGES_MAX] = {0};
+    entry_t oracle[PAGES_MAX] = {0};
     uint64_t before = pt.bytes;
     mutex_lock(&b->lock);
     for (unsigned i = 0; i < BLOCK_SPARSE; i++) {
@@ -235,36 +237,6 @@ static void a_wrong_count_is_not_valid(void **state)
     mutex_unlock(&b->lock);
 }
 
-static void armed_bits_are_an_array(void **state)
-{
-    (void)state;
-    uint64_t r = seed_now();
-    bool oracle[BLOCK_PAGES_MAX + 1] = {0};
-    struct block *b = pagetable_get(&pt, OS_BLOCK_SIZE);
-    for (unsigned step = 0; step < 3000; step++) {
-        unsigned i = random_next(&r) % block_pages(), n = random_next(&r) % (block_pages() - i + 1);
-        n = step % 2 ? n : n % 70;
-        bool on = random_next(&r) % 2;
-        block_arm(b, i, n, on);
-        memset(oracle + i, on, n);
-        i = random_next(&r) % block_pages();
-        n = random_next(&r) % (block_pages() - i + 1);
-        bool all = true;
-        for (unsigned k = i; k < i + n; k++)
-            all &= oracle[k];
-        assert_int_equal(block_is_armed(b, i, n), all);
-        unsigned at = i, first = i;
-        while (first < block_pages() && !oracle[first])
-            first++;
-        unsigned end = first;
-        while (end < block_pages() && oracle[end])
-            end++;
-        n = block_armed_run(b, &at);
-        assert_int_equal(n, end - first);
-        assert_int_equal(at, first);
-    }
-}
-
 /* Every allocation fails in turn: nothing is lost or half made. */
 static void running_out_of_memory_changes_nothing(void **state)
 {
@@ -283,7 +255,7 @@ static void running_out_of_memory_changes_nothing(void **state)
     }
     assert_true(failures > 0);
     struct block *b = pagetable_find(&pt, at);
-    entry_t oracle[BLOCK_PAGES_MAX] = {0};
+    entry_t oracle[PAGES_MAX] = {0};
     mutex_lock(&b->lock);
     for (unsigned i = 0; i < BLOCK_SPARSE; i++)
         block_set(b, i, oracle[i] = entry_make(ENTRY_FLIGHT, 2, i));
@@ -307,7 +279,6 @@ int main(void)
         TEST(a_block_is_an_array),
         TEST(eight_entries_need_no_table),
         TEST(a_wrong_count_is_not_valid),
-        TEST(armed_bits_are_an_array),
         TEST(running_out_of_memory_changes_nothing),
     };
     return cmocka_run_group_tests_name("pagetable", tests, NULL, NULL);

@@ -189,6 +189,39 @@ static void a_cpu_window_is_whole_granules(void **state)
         }
 }
 
+static unsigned zeros(struct policy_streams *st, uintptr_t number, unsigned most)
+{
+    unsigned n = policy_zero_fault(st, &(struct policy_zero_fault){number, most, PAGES});
+    policy_zero_given(st, number, n);
+    return n;
+}
+
+static void untouched_memory_is_filled_in_windows_that_grow(void **state)
+{
+    struct policy_streams st = {0};
+    uintptr_t at = 7 * PAGES;
+    (void)state;
+    for (unsigned expected = 16; at < 30 * PAGES; expected = expected * 2 < PAGES ? expected * 2 : PAGES) {
+        unsigned left = PAGES - at % PAGES, n = zeros(&st, at, left);
+        assert_int_equal(n, expected < left ? expected : left);
+        at += n;
+    }
+    assert_int_equal(zeros(&st, 90 * PAGES, PAGES), 16); /* no stream */
+    assert_int_equal(zeros(&st, 91 * PAGES, 5), 5);
+    assert_int_equal(zeros(&st, 91 * PAGES + 5, 500), 32); /* what the end of the memory left of it does not count */
+}
+
+/* Nothing could be given just then: the same is asked again, and is no evidence. */
+static void a_window_that_was_not_given_does_not_grow(void **state)
+{
+    struct policy_streams st = {0};
+    (void)state;
+    for (int i = 0; i < 5; i++) {
+        assert_int_equal(policy_zero_fault(&st, &(struct policy_zero_fault){PAGES, PAGES, PAGES}), 16);
+        policy_zero_given(&st, PAGES, 0);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -205,6 +238,8 @@ int main(void)
         cmocka_unit_test(a_huge_page_comes_home_whole_and_the_stream_goes_on_behind_it),
         cmocka_unit_test(a_device_window_is_whole_granules),
         cmocka_unit_test(a_cpu_window_is_whole_granules),
+        cmocka_unit_test(untouched_memory_is_filled_in_windows_that_grow),
+        cmocka_unit_test(a_window_that_was_not_given_does_not_grow),
     };
     return cmocka_run_group_tests_name("policy", tests, NULL, NULL);
 }

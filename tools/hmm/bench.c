@@ -19,9 +19,11 @@
 #define DEVICE_ROOM ((uint64_t)32 << 20) /* of the default device, above the size */
 
 static const struct bench *const benches[] = {
-    &bench_migrate_to_device,    &bench_migrate_to_system, &bench_cpu_fault_random,
-    &bench_cpu_touch_sequential, &bench_unmanaged_touch,   &bench_metadata,
-    &bench_device_fault,         &bench_operations,        &bench_empty_job,
+    &bench_migrate_to_device,    &bench_migrate_to_system,    &bench_cpu_fault_random,
+    &bench_cpu_touch_sequential, &bench_unmanaged_touch,      &bench_metadata,
+    &bench_device_fault,         &bench_operations,           &bench_empty_job,
+    &bench_range_snapshot,       &bench_range_fault,          &bench_notifier_lookup,
+    &bench_munmap_managed,       &bench_fork_device_resident,
 };
 #define BENCHES (sizeof(benches) / sizeof(benches[0]))
 

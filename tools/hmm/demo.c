@@ -40,6 +40,7 @@ struct options {
     uint64_t repeat; /* 0: chosen */
     uint64_t limit;  /* seconds */
     bool json;
+    bool stats;
 };
 
 /* Texts of packages that every Debian has, best first. */
@@ -47,7 +48,7 @@ static const char *const default_files[] = {
     "/usr/share/common-licenses/GPL-3", "/usr/share/common-licenses/GPL-2", "/var/lib/dpkg/status", "/etc/services", NULL,
 };
 
-enum { KEY_LIMIT = 256, KEY_REPEAT };
+enum { KEY_LIMIT = 256, KEY_REPEAT, KEY_STATS };
 
 static const struct argp_option demo_options[] = {
     {"memory", 'm', "SIZE", 0, "Memory of the device, with K, M or G (default: too small for text and table)", 0},
@@ -55,6 +56,7 @@ static const struct argp_option demo_options[] = {
     {"seed", 's', "N", 0, "Chooses what the CPU changes (default: 1)", 0},
     {"repeat", KEY_REPEAT, "N", 0, "Take the file N times over (default: as often as it takes to fill 32 MiB)", 0},
     {"limit", KEY_LIMIT, "SECONDS", 0, "Longest time for the device to count words, twice (default: 60)", 0},
+    {"stats", KEY_STATS, NULL, 0, "Print all numbers that the library keeps, too", 0},
     {"json", 'j', NULL, 0, "Print one JSON object", 0},
     {0},
 };
@@ -139,6 +141,7 @@ static error_t parse_option(int key, char *arg, struct argp_state *state)
     case KEY_REPEAT: options->repeat = number_or_fail(state, "--repeat", arg, 1); return 0;
     case KEY_LIMIT: options->limit = number_or_fail(state, "--limit", arg, 0); return 0;
     case 'j': options->json = true; return 0;
+    case KEY_STATS: options->stats = true; return 0;
     case ARGP_KEY_ARG:
         if (state->arg_num > 0)
             argp_failure(state, DEMO_BAD_INPUT, 0, "'%s' is one file too many; give one", arg);
@@ -475,6 +478,9 @@ static int compute(struct demo *d, struct progress *progress)
         return rc;
     read_back(d);
     rc = draw(d, "after the CPU read all counts");
+    d->report.end.size = sizeof(d->report.end);
+    if (hmm_stats(&d->report.end))
+        return output_error(DEMO_DIFFERS, "no statistics: %s", hmm_last_message());
     return rc ? rc : audit(d);
 }
 
@@ -523,6 +529,7 @@ int cmd_demo(int argc, char **argv)
     d.report.source = &d.source;
     d.report.seed = d.options.seed;
     d.report.json = d.options.json;
+    d.report.all_stats = d.options.stats;
     rc = close_device(&d, road(&d));
     if (rc == 0) {
         report_print(&d.report);

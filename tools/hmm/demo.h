@@ -6,7 +6,8 @@
  *  - kernels/        the device's side: C functions that run on the device and follow the same pointers
  *  - demo_jobs.c     launches them, and waits
  *  - demo_expect.c   the judge: the same answers, worked out by other code from a second read of the file
- *  - demo_report.c   what is shown: phases, results, JSON;  demo_picture.c: the picture and the progress bar
+ *  - demo_report.c   what is shown: phases, results, JSON;  demo_picture.c: the picture and the progress bar;  demo_stats.c: all
+ *                    numbers of the library
  *
  * One application thread. Kernels run on engine threads of the device while this thread waits for their fences.
  */
@@ -180,6 +181,7 @@ struct report {
     const struct source *source;
     uint64_t seed;
     bool json;
+    bool all_stats; /* for people; JSON has them always */
     /* what was there */
     struct hmm_device_info device;
     uint64_t table_bytes, table_words, chains;
@@ -197,6 +199,7 @@ struct report {
     struct census census[ROUNDS]; /* the device's */
     uint64_t counted[ROUNDS];     /* bytes of the text that the device had time to count words in */
     int audit;                    /* violations */
+    struct hmm_stats end;         /* all of it, before the device was closed */
     /* the verdict */
     struct check checks[MAX_CHECKS];
     size_t check_count;
@@ -218,6 +221,13 @@ void report_check_census(struct report *report, int round, const struct census *
 bool report_verified(const struct report *report);
 
 void report_print(const struct report *report);
+
+/* ---- demo_stats.c ---- */
+
+/* Every number of the library, with its name and what it means. */
+void stats_print(const struct hmm_stats *stats);
+json_object *stats_json(const struct hmm_stats *stats);
+
 /* "35.1 KiB". Returns buffer. */
 const char *format_bytes(char buffer[32], uint64_t bytes);
 

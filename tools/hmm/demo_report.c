@@ -363,6 +363,7 @@ static void print_json(const struct report *r)
     json_object_object_add(o, "after", json_census(r, AFTER));
     json_object_object_add(o, "pictures", json_pictures(r));
     json_object_object_add(o, "checks", json_checks(r));
+    json_object_object_add(o, "statistics", stats_json(&r->end));
     put_number(o, "values_compared", r->values);
     json_object_object_add(o, "audit_violations", json_object_new_int(r->audit));
     json_object_object_add(o, "verified", json_object_new_boolean(report_verified(r)));
@@ -379,5 +380,7 @@ void report_print(const struct report *r)
     print_phases(r);
     print_pictures(r);
     print_words(r);
+    if (r->all_stats)
+        stats_print(&r->end);
     print_verdict(r);
 }

@@ -1,0 +1,113 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What may happen to a child while it is filled is told by its userfaultfd, and follows the same rules as in the parent
+ * (mm/event.c): a fill is refused while an event is pending, so reading all events and applying them to the estate before each
+ * attempt keeps dropped memory dropped. The child's threads wait until we have read what they did.
+ *
+ *   the child...              what we see
+ *   touches a missing page    a fault: that page is next, where devices let go of it already; what the estate does not give is zeros
+ *   unmaps, drops             the pages are taken from the estate
+ *   remaps                    they move in the estate
+ *   forks                     an heir for its child, with what is not filled yet
+ *   calls exec, ends          ESRCH
+ *
+ * A descriptor that is closed turns missing pages into zeros: it is closed when the estate is empty, and not before.
+ */
+#include "process/heirs.h"
+
+#include <errno.h>
+
+#include "debug/inject.h"
+
+#define MESSAGES 64
+#define ZERO_PAGES 16 /* absent ones given at once */
+
+static size_t page_bytes(uint64_t pages)
+{
+    return pages << os_page_shift();
+}
+
+void follow_drop(struct heir *h, uintptr_t start, uintptr_t end)
+{
+    struct estate gone;
+    estate_init(&gone, h->mm, NULL);
+    estate_take(&h->estate, start, end, &gone);
+    gone.capture = h->estate.capture;
+    for (size_t i = 0; i < gone.n; i++)
+        if (gone.v[i].pages)
+            estate_consume(&gone, i, gone.v[i].pages);
+    gone.capture = NULL;
+    estate_free(&gone);
+}
+
+static void owe(struct heir *h, uintptr_t start, uintptr_t end)
+{
+    for (unsigned i = 0; i < DEBTS; i++)
+        if (h->debts[i].start == h->debts[i].end) {
+            h->debts[i] = (struct debt){start, end};
+            return;
+        }
+}
+
+/* Applies an unmap but for what is owed, which concerns an older mapping. */
+static void unmapped(struct heir *h, uintptr_t start, uintptr_t end)
+{
+    for (unsigned i = 0; i < DEBTS && start < end; i++) {
+        struct debt *d = &h->debts[i];
+        if (d->start == d->end || d->end <= start || d->start >= end)
+            continue;
+        uintptr_t from = d->start > start ? d->start : start, to = d->end < end ? d->end : end;
+        struct debt rest = {to, d->end};
+        d->end = from;
+        if (rest.start < rest.end)
+            owe(h, rest.start, rest.end);
+        if (from > start)
+            follow_drop(h, start, from);
+        start = to;
+    }
+    if (start < end)
+        follow_drop(h, start, end);
+}
+
+static void remapped(struct heir *h, uintptr_t from, uintptr_t to, size_t len)
+{
+    if (estate_next(&h->estate, to, to + len) < to + len || estate_find(&h->estate, to) < h->estate.n) {
+        owe(h, to, to + len);
+        follow_drop(h, to, to + len);
+    }
+    estate_move(&h->estate, from, from + len, to - from);
+}
+
+static void touched(struct heir *h, uintptr_t addr)
+{
+    size_t i = estate_find(&h->estate, addr);
+    if (i < h->estate.n) {
+        if (i != h->next)
+            h->chunk = TOUCH_PAGES;
+        h->next = i; /* filling wakes it */
+        return;
+    }
+    uintptr_t end = estate_next(&h->estate, addr, addr + page_bytes(ZERO_PAGES));
+    int64_t r = os->uffd_zeropage(h->uffd, addr, end - addr);
+    if (r == -ENOENT || r == -EINVAL) /* two mappings */
+        os->uffd_zeropage(h->uffd, addr, page_bytes(1));
+    fill_wake(h, addr, ZERO_PAGES); /* where nothing was given it is tried again */
+}
+
+void follow_child(struct heir *h)
+{
+    struct uffd_msg m[MESSAGES];
+    for (int n; heir_is_by_event(h) && (n = os->uffd_read(h->uffd, m, MESSAGES)) > 0;)
+        for (int i = 0; i < n; i++)
+            switch (m[i].event) {
+            case UFFD_EVENT_PAGEFAULT: touched(h, m[i].arg.pagefault.address & ~(uintptr_t)(os_page_size() - 1)); break;
+            case UFFD_EVENT_FORK: heir_forked(h, (int)m[i].arg.fork.ufd); break;
+            case UFFD_EVENT_REMAP: remapped(h, m[i].arg.remap.from, m[i].arg.remap.to, m[i].arg.remap.len); break;
+            case UFFD_EVENT_UNMAP: unmapped(h, m[i].arg.remove.start, m[i].arg.remove.end); break;
+            case UFFD_EVENT_REMOVE:
+                if (!mutate("fork-child-drop"))
+                    follow_drop(h, m[i].arg.remove.start, m[i].arg.remove.end);
+                break;
+            default: break;
+            }
+}
