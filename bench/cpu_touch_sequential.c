@@ -86,20 +86,7 @@ unmap:
 
 static int one_kind(struct bench_env *env, enum bench_page page)
 {
-    struct samples s = {0};
-    char *origin = bench_map(env, env->size, page);
-    int failed;
-
-    if (!origin)
-        return 1;
-    bench_fill(origin, env->size, env->seed);
-    failed = one_run(env, page, origin, NULL); /* warms up */
-    for (unsigned i = 0; i < env->runs && !failed; i++)
-        failed = one_run(env, page, origin, &s);
-    if (!failed)
-        samples_report(env, &s, page, env->size, BENCH_GIB_PER_SECOND, 0, NULL);
-    bench_unmap(origin, env->size);
-    return failed;
+    return bench_copies_of(env, page, one_run);
 }
 
 static int run(struct bench_env *env)

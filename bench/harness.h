@@ -113,6 +113,9 @@ enum bench_measure { BENCH_GIB_PER_SECOND, BENCH_NS_PER_OPERATION };
  */
 void samples_report(struct bench_env *env, const struct samples *s, enum bench_page page, uint64_t size, enum bench_measure how,
                     uint64_t operations, const char *note);
+/* Fills env->size of memory, has one_run measure something with it env->runs times, and once before that without samples, and reports GiB/s. */
+int bench_copies_of(struct bench_env *env, enum bench_page page,
+                    int (*one_run)(struct bench_env *env, enum bench_page page, const char *origin, struct samples *s));
 
 /* Whether the middle four fifths of ours/reference and of reference/reference overlap. */
 bool samples_overlap(const struct samples *s);
