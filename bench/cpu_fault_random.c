@@ -24,15 +24,6 @@ struct touches {
     size_t *offsets;
 };
 
-static uint64_t next_random(uint64_t *state)
-{
-    uint64_t x = *state += 0x9e3779b97f4a7c15ull;
-
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-    return x ^ (x >> 31);
-}
-
 static int touches_plan(struct bench_env *env, struct touches *t, size_t stride)
 {
     uint64_t state = env->seed;
@@ -42,7 +33,7 @@ static int touches_plan(struct bench_env *env, struct touches *t, size_t stride)
     if (!t->offsets)
         return bench_fail(env, "no memory");
     for (size_t i = 0; i < t->count; i++) {
-        size_t j = next_random(&state) % (i + 1);
+        size_t j = bench_random(&state) % (i + 1);
 
         t->offsets[i] = t->offsets[j];
         t->offsets[j] = i * stride;

@@ -13,6 +13,8 @@
 #include <sys/mman.h>
 #include <time.h>
 
+#include <hmm/driver.h>
+
 int bench_fail(const struct bench_env *env, const char *fmt, ...)
 {
     va_list args;
@@ -60,6 +62,15 @@ int bench_stats(struct bench_env *env, struct hmm_stats *stats)
     stats->size = sizeof(*stats);
     return hmm_stats(stats) ? bench_fail(env, "no statistics: %s", hmm_last_message()) : 0;
 }
+
+static int let_go(struct hmm_notifier *n, const struct hmm_event *event)
+{
+    (void)n;
+    (void)event;
+    return 0;
+}
+
+const struct hmm_notifier_ops bench_lets_go = {.invalidate = let_go, .name = "bench"};
 
 /* ---- memory ---------------------------------------------------------------------------------------------------------- */
 
@@ -133,6 +144,16 @@ static inline uint64_t word_at(uint64_t index, uint64_t seed)
 uint64_t bench_word(size_t offset, uint64_t seed)
 {
     return word_at(offset / sizeof(uint64_t), seed);
+}
+
+/* splitmix64 (Steele, Lea, Flood 2014) */
+uint64_t bench_random(uint64_t *state)
+{
+    uint64_t x = *state += 0x9e3779b97f4a7c15ull;
+
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+    return x ^ (x >> 31);
 }
 
 void bench_fill(void *memory, size_t bytes, uint64_t seed)

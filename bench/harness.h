@@ -68,6 +68,9 @@ int bench_close(struct bench_env *env);
 int bench_each_page(struct bench_env *env, int (*one_kind)(struct bench_env *env, enum bench_page page));
 int bench_stats(struct bench_env *env, struct hmm_stats *stats);
 
+/* Of a notifier with nothing to do. */
+extern const struct hmm_notifier_ops bench_lets_go;
+
 /* ---- memory -------------------------------------------------------------------------------------------------------- */
 
 /* Whether this system gives huge pages to who asks for them; if not, says on stderr that this kind is left out. */
@@ -81,6 +84,8 @@ void bench_fill(void *memory, size_t bytes, uint64_t seed);
 int bench_verify(struct bench_env *env, const void *memory, size_t bytes, uint64_t seed);
 /* The first word of the page at this offset. */
 uint64_t bench_word(size_t offset, uint64_t seed);
+
+uint64_t bench_random(uint64_t *state);
 
 /* Migrations that must move every page. */
 int bench_to_device(struct bench_env *env, const void *memory, size_t bytes, enum bench_page page);

@@ -19,15 +19,6 @@ struct intervals {
     size_t n, page;
 };
 
-static int let_go(struct hmm_notifier *n, const struct hmm_event *event)
-{
-    (void)n;
-    (void)event;
-    return 0;
-}
-
-static const struct hmm_notifier_ops ops = {.invalidate = let_go, .name = "bench"};
-
 /* Addresses of which about every fourth is watched; the same for both sides. */
 static uintptr_t address(const struct intervals *v, uint64_t i)
 {
@@ -94,7 +85,7 @@ static int insert_all(struct bench_env *env, struct hmm_device *dev, struct inte
         step++;
     for (size_t i = 0, k = 0; i < v->n; i++, k = (k + step) % v->n) {
         v->starts[k] = (k * STRIDE + 1) * v->page;
-        if (hmm_notifier_insert(dev, &v->nodes[k], v->starts[k], v->starts[k] + v->page, &ops))
+        if (hmm_notifier_insert(dev, &v->nodes[k], v->starts[k], v->starts[k] + v->page, &bench_lets_go))
             return bench_fail(env, "interval %zu: %s", k, hmm_last_message());
     }
     return 0;

@@ -36,15 +36,6 @@ struct work {
     bool restore;                              /* buffer 0 is what buffer 1 was before each run */
 };
 
-static uint64_t next_random(uint64_t *state)
-{
-    uint64_t x = *state += 0x9e3779b97f4a7c15ull;
-
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-    return x ^ (x >> 31);
-}
-
 static uint64_t touched_one(const struct side *s)
 {
     return s->bytes;
@@ -71,7 +62,7 @@ static void fill_floats(const struct side *s, uint64_t seed)
 {
     for (unsigned i = 0; i < BUFFERS; i++)
         for (size_t k = 0; k < s->bytes / sizeof(float); k++)
-            ((float *)(void *)s->buffer[i])[k] = (float)(next_random(&seed) >> 40) / (1 << 24);
+            ((float *)(void *)s->buffer[i])[k] = (float)(bench_random(&seed) >> 40) / (1 << 24);
 }
 
 /* ---- streams ---------------------------------------------------------------------------------------------------------- */
@@ -294,7 +285,7 @@ static void fill_lookup(const struct side *s, uint64_t seed)
     bench_fill(s->buffer[0], s->bytes, seed);
     bench_fill(s->buffer[1], s->bytes, seed + 1);
     for (size_t i = 0; i < entries; i++)
-        index[i] = (uint32_t)(next_random(&seed) % entries);
+        index[i] = (uint32_t)(bench_random(&seed) % entries);
 }
 
 static void gather(const struct side *s, struct hmm_operation *o)
@@ -392,7 +383,7 @@ static void fill_graph(const struct side *s, uint64_t seed)
     for (uint64_t v = 0; v <= vertices; v++)
         offsets[v] = v * DEGREE;
     for (uint64_t i = 0; i < (uint64_t)vertices * DEGREE; i++)
-        edges[i] = (uint32_t)(next_random(&seed) % vertices);
+        edges[i] = (uint32_t)(bench_random(&seed) % vertices);
 }
 
 static void bfs(const struct side *s, struct hmm_operation *o)

@@ -43,15 +43,6 @@ struct run {
     int code;
 };
 
-static int let_go(struct hmm_notifier *n, const struct hmm_event *event)
-{
-    (void)n;
-    (void)event;
-    return 0;
-}
-
-static const struct hmm_notifier_ops ops = {.invalidate = let_go, .name = "bench"};
-
 static size_t pages(const struct run *r)
 {
     return r->env->size / hmm_page_size();
@@ -169,7 +160,7 @@ static int one_kind(struct bench_env *env, enum bench_page page, uint64_t reques
         bench_fail(env, "no memory for the answers");
         goto unmap;
     }
-    if (hmm_notifier_insert(r.dev, &r.notifier, (uintptr_t)r.memory, (uintptr_t)r.memory + env->size, &ops)) {
+    if (hmm_notifier_insert(r.dev, &r.notifier, (uintptr_t)r.memory, (uintptr_t)r.memory + env->size, &bench_lets_go)) {
         bench_fail(env, "no notifier: %s", hmm_last_message());
         goto free;
     }

@@ -126,6 +126,7 @@ int soft_clear(void *priv, const struct hmm_dma *v, unsigned n, hmm_fence *fence
 
 /* ---- mirror.c ---------------------------------------------------------------------------------------------------- */
 
+/* NOLINTNEXTLINE(misc-redundant-expression) */
 _Static_assert(SOFT_BLOCK == HMM_MIRROR_DIR, "what a translation covers at most is a directory");
 
 /* Message set on failure. */

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #define BYTES ((size_t)16 << 20)
+#define TRIES 32
 
 struct tiny {
     struct hmm_device *dev;
@@ -60,19 +61,16 @@ static int tiny_invalidate(struct hmm_notifier *n, const struct hmm_event *event
 
 static const struct hmm_notifier_ops notifier_ops = {.invalidate = tiny_invalidate, .name = "tiny"};
 
-/* The retry loop, for len bytes within one page. */
+/* The retry loop, for len bytes within one page. A page that comes and goes all the time is written over the bus in the end. */
 static int fill(struct tiny *t, uintptr_t addr, unsigned char value, size_t len)
 {
     uint64_t pfn;
-    uintptr_t start = addr & ~(t->page - 1);
-    struct hmm_fault_range range = {.size = sizeof(range),
-                                    .flags = HMM_RANGE_DEVICE_ONLY,
-                                    .notifier = &t->notifier,
-                                    .start = start,
-                                    .end = start + t->page,
-                                    .pfns = &pfn};
-    int r;
-    while ((r = hmm_device_fault(t->dev, addr, HMM_FAULT_WRITE)) == 0) { /* it came; it may have left again */
+    uintptr_t page = addr & ~(t->page - 1);
+    struct hmm_fault_range range = {
+        .size = sizeof(range), .flags = HMM_RANGE_DEVICE_ONLY, .notifier = &t->notifier, .pfns = &pfn};
+    range.start = page, range.end = page + t->page;
+    int r = 0; /* 1: it stays in system memory */
+    for (int tries = 0; tries < TRIES && (r = hmm_device_fault(t->dev, addr, HMM_FAULT_WRITE)) == 0; tries++) {
         range.notifier_seq = hmm_notifier_read_begin(&t->notifier);
         if (hmm_range_fault(t->dev, &range))
             continue;
@@ -80,31 +78,32 @@ static int fill(struct tiny *t, uintptr_t addr, unsigned char value, size_t len)
         pthread_mutex_lock(&t->lock);
         bool good = !hmm_notifier_read_retry(&t->notifier, range.notifier_seq) && pfn & HMM_PFN_WRITE;
         if (good)
-            memset(t->memory + (pfn & HMM_PFN_MASK) * t->page + (addr - start), value, len);
+            memset(t->memory + (pfn & HMM_PFN_MASK) * t->page + (addr - page), value, len);
         pthread_mutex_unlock(&t->lock);
         if (good)
             return 0;
     }
-    for (; r == 1 && len; addr++, len--) /* it stays in system memory: over the bus, however slowly */
-        if (hmm_bus_write(t->dev, addr, &value, 1) < 0)
-            r = -EFAULT;
-    return r < 0 ? r : 0;
+    for (; r >= 0 && len; addr++, len--)
+        r = hmm_bus_write(t->dev, addr, &value, 1) == 1 ? 0 : -EFAULT;
+    return r;
 }
 
 static void run(struct tiny *t, struct hmm_job *job)
 {
     const struct hmm_op_fill *op = &job->operation.fill;
     uintptr_t at = (uintptr_t)op->dst, end = at + op->bytes, mask = t->page - 1;
-    struct hmm_job_status status = {.message = "fill: cannot write there", .address = at};
-    status.status = hmm_notifier_insert(t->dev, &t->notifier, at & ~mask, (end + mask) & ~mask, &notifier_ops);
-    bool inserted = !status.status;
-    for (size_t len; !status.status && at < end; at += len) {
+    int r = hmm_notifier_insert(t->dev, &t->notifier, at & ~mask, (end + mask) & ~mask, &notifier_ops);
+    bool inserted = !r;
+    struct hmm_job_status status = {.address = at};
+    for (size_t len; !r && at < end; at += len) {
         len = t->page - (at & mask) < end - at ? t->page - (at & mask) : end - at;
         status.address = at;
-        status.status = __atomic_load_n(&t->stopped, __ATOMIC_RELAXED) ? -ECANCELED : fill(t, at, op->value, len);
+        r = __atomic_load_n(&t->stopped, __ATOMIC_RELAXED) ? -ECANCELED : fill(t, at, op->value, len);
     }
     if (inserted)
         hmm_notifier_remove(&t->notifier);
+    status.status = r;
+    status.message = r ? hmm_strerror(r) : NULL;
     hmm_job_done(job, &status); /* may submit the next one */
 }
 
@@ -149,33 +148,32 @@ static void tiny_close(void *priv)
 
 static int tiny_open(struct hmm_device *dev, const union hmm_option_value *values, void **priv)
 {
-    struct tiny *t = hmm_mem_alloc(sizeof(*t));
+    struct tiny *t = *priv = hmm_mem_alloc(sizeof(*t));
     (void)values;
     if (!t)
         return hmm_fail(-ENOMEM, "tiny: no memory for the device");
     *t = (struct tiny){.dev = dev, .page = hmm_page_size(), .memory = hmm_mem_alloc(BYTES)};
     pthread_mutex_init(&t->lock, NULL);
     sem_init(&t->work, 0, 0);
-    int r = t->memory ? 0 : hmm_fail(-ENOMEM, "tiny: no %zu bytes of memory", BYTES);
-    if (!r)
+    int r =
+        t->memory ? hmm_thread_start(&t->worker, "tiny", work, t) : hmm_fail(-ENOMEM, "tiny: no memory of %zu bytes", BYTES);
+    if (!r) {
         r = hmm_pagemap_add(dev, &(struct hmm_pagemap_desc){.type = HMM_PAGEMAP_PRIVATE, .pages = BYTES / t->page});
-    if (!r)
-        r = hmm_thread_start(&t->worker, "tiny", work, t);
+        if (r)
+            tiny_stop(t);
+    }
     if (r)
         tiny_close(t);
-    *priv = t;
     return r;
 }
 
-HMM_DRIVER_EXPORT = {
-    .size = sizeof(struct hmm_driver),
-    .abi = HMM_DRIVER_ABI,
-    .name = "tiny",
-    .description = "a small device that faults and fills",
-    .open = tiny_open,
-    .stop = tiny_stop,
-    .close = tiny_close,
-    .copy = tiny_copy,
-    .clear = tiny_clear,
-    .submit = tiny_submit,
-};
+HMM_DRIVER_EXPORT = {.size = sizeof(struct hmm_driver),
+                     .abi = HMM_DRIVER_ABI,
+                     .name = "tiny",
+                     .description = "a small device that faults and fills",
+                     .open = tiny_open,
+                     .stop = tiny_stop,
+                     .close = tiny_close,
+                     .copy = tiny_copy,
+                     .clear = tiny_clear,
+                     .submit = tiny_submit};

@@ -120,7 +120,7 @@ struct hmm_pagemap_desc {
 };
 
 /* Gives device memory to core. From open() only. One pagemap per device for now (-EBUSY for a second); overlap with
- * another pagemap's cpu_map is -EEXIST; missing or wrong fields -EINVAL. Undone by core when the device closes. */
+ * another pagemap's cpu_map is -EEXIST; missing or wrong fields -EINVAL. Undone by core when the device closes, or open() fails. */
 HMM_API int hmm_pagemap_add(struct hmm_device *dev, const struct hmm_pagemap_desc *desc);
 
 /*
@@ -190,14 +190,15 @@ struct hmm_driver {
     const struct hmm_option *options; /* ends with name == NULL; NULL: none. Checked by core before open() */
 
     /* Program context; may block, may allocate from the C library. values: one per option, in order. Calls
-     * hmm_pagemap_add(). On failure it has undone everything itself; hmm_fail() names the reason. */
+     * hmm_pagemap_add(). On failure it has undone everything itself; hmm_fail() names the reason. What the program announces may not
+     * be told before it has returned: no translation is read here. */
     int (*open)(struct hmm_device *dev, const union hmm_option_value *values, void **priv);
 
-    /* A library thread. First step of closing: refuse new jobs, complete those that it has with -ECANCELED (or their
+    /* A library thread; the program's, where open() gave no memory. First step of closing: refuse new jobs, complete those that it has with -ECANCELED (or their
      * result if they finish). On return no job is left; copy, clear and invalidate still work. */
     void (*stop)(void *priv);
 
-    /* Program context, after stop(), when no page and no notifier callback is left. Frees everything. */
+    /* Program context, after stop(), when no page is left, no notifier callback runs and none will begin. Frees everything. */
     void (*close)(void *priv);
 
     /* Copies n pieces asynchronously and signals the fence when all are done. Any library thread, no lock held, under THE
@@ -273,7 +274,8 @@ struct hmm_notifier_ops {
     const char *name; /* of the callback, for messages; constant. NULL: its address alone is named */
 };
 
-/* Embedded in a driver's structure. Fields belong to core; what they hold before the first insertion does not matter. */
+/* Embedded in a driver's structure, in memory that does not migrate (hmm_mem_alloc()). Zeroed before the first insertion; from then on the
+ * fields belong to core. */
 struct hmm_notifier {
     struct hmm_notifier *link[3]; /* interval tree */
     uintptr_t max_end, left_end;
@@ -400,7 +402,8 @@ struct hmm_fault_range {
  *   -EHWPOISON  asked for a page whose only copy was lost
  *   -EINVAL     the structure is wrong; with a message
  *   -ENOMEM     no system memory
- * After an error pfns holds the requests as before (bits of pfn_flags_mask), and nothing else of meaning.
+ * After an error pfns holds the requests as before (bits of pfn_flags_mask; not with HMM_RANGE_DEVICE_ONLY), and nothing else of meaning.
+ * Every error sets a message.
  */
 HMM_API int hmm_range_fault(struct hmm_device *dev, struct hmm_fault_range *range);
 /*
@@ -430,6 +433,9 @@ HMM_API int64_t hmm_bus_write(struct hmm_device *dev, uintptr_t addr, const void
  *
  * A device may have several mirrors; they know nothing of each other.
  *
+ * A thread that calls these, as anything that takes locks of core, stands on a stack that does not migrate. What it passes for answers may:
+ * it is written when no lock is held.
+ *
  * Every call that takes a mirror: -ESRCH in a child of fork of the process that registered it (without touching the mirror, whose
  * memory is not there); -ENODEV when it was unregistered. Except where said, no locks of the driver that one of its operations
  * takes, and nothing held that invalidate() waits for. Calls that may block say so.
@@ -451,8 +457,8 @@ struct hmm_mirror_dir;
 struct hmm_mirror_change {
     uintptr_t start, end;
     const struct hmm_event *event; /* its range may be larger */
-    /* How many runs of this directory had been handed out (by resolve and lookup) when its entries were emptied; never falls. None that
-     * is handed out later is older than the change. */
+    /* How many times runs of this directory had been handed out (by resolve, lookup and walks) when its entries were emptied; never
+     * falls. None that is handed out later is older than the change. */
     uint64_t given;
     uint64_t *word; /* of this directory, for the driver: atomic, not touched by core; 0 when the directory was made */
 };
@@ -481,12 +487,16 @@ struct hmm_mirror_ops {
      * An entry is about to be published: may replace its low bits by what the device's bus calls that page. A negative errno refuses it:
      * the entry stays empty, and resolve says 1 (use the bus) until the directory is read again. Under the directory's lock: does not
      * block, calls nothing that takes a mirror. May be NULL.
+     *
+     * What stands there is used until invalidate() has let go of it. A page of system memory (only with HMM_MIRROR_SYSTEM) may come to
+     * this device meanwhile, whose own migrations invalidate nothing. So what the bus calls it must reach it as its process address
+     * does, with page faults that bring it back; or dma_map() has pinned it where it is, and it does not migrate.
      */
     int (*dma_map)(void *priv, uintptr_t addr, uint64_t *entry);
-    /* Takes back what a dma_map() that returned 0 made; once for each, with what it put there: when the entry is emptied, which is after
-     * invalidate() has returned 0 where there was one. The same context. May be NULL. */
+    /* Takes back what a dma_map() that returned 0 made; once for each, with what it put there, and HMM_MIRROR_DEVICE as it was: when the
+     * entry is emptied, which is after invalidate() has returned 0 where there was one. The same context. May be NULL. */
     void (*dma_unmap)(void *priv, uintptr_t addr, uint64_t entry);
-    /* Instead of hmm_device_fault(), with its contract; it may call that. NULL: hmm_device_fault(). */
+    /* Instead of hmm_device_fault(), with its contract; it may call that. No locks. NULL: hmm_device_fault(). */
     int (*fault)(void *priv, uintptr_t addr, unsigned flags);
 };
 
@@ -540,7 +550,7 @@ struct hmm_mirror_run {
 /*
  * The slow path of a translation: look up; where there is nothing, fault the page (ops.fault) and read the directory again, as often as
  * it takes. 0: *run contains addr. 1: the page stays in system memory, or changes too often, or there is no directory to spare: use the
- * bus, now and not cached. Else as hmm_device_fault(). flags: HMM_FAULT_READ or HMM_FAULT_WRITE. Blocks.
+ * bus, now and not cached. Else as hmm_device_fault(). flags: HMM_FAULT_READ or HMM_FAULT_WRITE. Engine context, as that; blocks.
  */
 HMM_API int hmm_mirror_resolve(struct hmm_mirror *m, uintptr_t addr, unsigned flags, struct hmm_mirror_run *run);
 /* Only what the table has: 0, or -ENOENT. Takes the directory's lock, does not block otherwise, asks nobody. */
@@ -548,14 +558,17 @@ HMM_API int hmm_mirror_lookup(struct hmm_mirror *m, uintptr_t addr, unsigned fla
 
 /* Calls fn for each run of [start, end), page aligned, that the table has and of which every entry has all bits of `bits` (0: VALID),
  * in ascending order; runs are cut at start and end and where DIRTY or SELECT change. A directory is read at one moment; fn runs without
- * locks. Stops when fn returns non-zero, and returns that. -EINVAL. */
+ * locks. Runs that the device is just asked to let go of are not current. With HMM_MIRROR_TRACK_DIRTY WRITE only of what is dirty.
+ * Stops when fn returns non-zero, and returns that. -EINVAL, -ENOMEM. */
 HMM_API int hmm_mirror_walk(struct hmm_mirror *m, uintptr_t start, uintptr_t end, uint64_t bits,
                             int (*fn)(const struct hmm_mirror_run *run, void *arg), void *arg);
 
 /* Changes DIRTY and SELECT of [start, end), page aligned: first those of `clear`, then those of `set`. SELECT only of valid
  * entries. DIRTY also where there are none (the device wrote over the bus), for which directories are made: -ENOSPC when there is
- * none to spare. May be called while invalidate() waits for the caller; a driver that marks what its device wrote does so before it lets
- * go. -EINVAL. */
+ * none to spare. May be called while invalidate() waits for the caller, of pages that it holds: a driver that marks what its device wrote
+ * does so before it lets go. Where a directory may have to be made, like resolve: it waits for others that are made or given up, and so for
+ * invalidate(). With HMM_MIRROR_TRACK_DIRTY do not clear DIRTY of what the device may be writing: collecting asks only for what is dirty.
+ * -EINVAL. */
 HMM_API int hmm_mirror_mark(struct hmm_mirror *m, uintptr_t start, uintptr_t end, uint64_t set, uint64_t clear);
 
 /*
@@ -563,7 +576,8 @@ HMM_API int hmm_mirror_mark(struct hmm_mirror *m, uintptr_t start, uintptr_t end
  * was written through the mirror since it was last collected, as far as marked. The device lets go of the range first
  * (HMM_EVENT_SOFT_DIRTY to this mirror's invalidate() alone) and has to ask again: no write is missed, and none is in two collections.
  * Dirty bits stay when pages change place, and go with their content (UNMAP, CLEAR); directories that have them are not used for
- * another range. Returns the number of pages. Blocks. -EINVAL.
+ * another range. mremap() is an UNMAP of the old address: what was written there is not collected at the new one, so who follows memory
+ * takes all of what appears at an address as written. Returns the number of pages. Blocks. -EINVAL.
  */
 HMM_API int64_t hmm_mirror_collect_dirty(struct hmm_mirror *m, uintptr_t start, uintptr_t end, uint64_t *dirty);
 
@@ -581,13 +595,14 @@ HMM_API int hmm_mirror_info(struct hmm_mirror *m, struct hmm_mirror_info *info);
 
 /*
  * For devices without faults, which need to know where a range is as a whole, at one moment. A directory that is kept stays one of its
- * range: the one at addr, made if need be. -ENOSPC: all are kept or in use. -EFAULT: no address of the process.
+ * range: the one at addr, made if need be. -ENOSPC: all are kept, dirty or in use, or it is no address of the process.
  */
 HMM_API int hmm_mirror_dir_get(struct hmm_mirror *m, uintptr_t addr, struct hmm_mirror_dir **dir);
 HMM_API void hmm_mirror_dir_put(struct hmm_mirror_dir *dir);
 /* Reads the entries of [start, end), within the directory, anew from core. They hold as long as hmm_mirror_dir_seq() is *seq and
  * invalidate() has not been called for them: take that and what it protects under a lock that invalidate() takes. Waits while an
- * invalidation is in progress. -EINVAL, -EAGAIN: it changes too often. */
+ * invalidation is in progress, or the mirror has its device let go. With HMM_MIRROR_TRACK_DIRTY WRITE only of what is dirty: mark first.
+ * -EINVAL, -ENOMEM, -EAGAIN: it changes too often. */
 HMM_API int hmm_mirror_dir_read(struct hmm_mirror_dir *dir, uintptr_t start, uintptr_t end, uint64_t *entries, uint64_t *seq);
 HMM_API uint64_t hmm_mirror_dir_seq(const struct hmm_mirror_dir *dir);
 

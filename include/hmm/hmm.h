@@ -61,7 +61,8 @@ struct hmm_config {
     uint64_t seed;          /* of injection and policy; default from the clock, logged */
     const char *debug;      /* comma-separated: validate (audit after each migration call, violations
                              * are logged), inject[=per-mille] (calls fail), delay[=per-mille] (locks and steps of the protocol take
-                             * longer); default: environment HMM_DEBUG */
+                             * longer), patience=ms (instead of the 10 s for which closing and limits wait while nothing moves);
+                             * default: environment HMM_DEBUG */
 };
 
 /* Takes effect at the next manager start. -EBUSY while a device is open, -EINVAL for a value out of range. */
@@ -555,7 +556,7 @@ enum hmm_change_kind {
     HMM_CHANGE_CLEAR,   /* MADV_DONTNEED, FREE, REMOVE: contents dropped: HMM_EVENT_CLEAR */
     HMM_CHANGE_GUARD,   /* MADV_GUARD_INSTALL: the same; what is on a device comes home first, since no event drops it there */
     HMM_CHANGE_PROTECT, /* mprotect, pkey_mprotect: HMM_EVENT_PROTECTION_VMA */
-    HMM_CHANGE_DETACH,  /* shmdt: the whole mapping at addr, whatever len is: HMM_EVENT_UNMAP */
+    HMM_CHANGE_DETACH,  /* shmdt: what is left of the segment at addr, whatever len is: HMM_EVENT_UNMAP */
     HMM_CHANGE_RELEASE, /* exec, exit: all of the address space, whatever addr and len are: HMM_EVENT_RELEASE */
 };
 
@@ -570,7 +571,9 @@ struct hmm_change {
  * range is on a device or watched by one. Else a library thread invalidates the range on every device that has it, waiting for
  * engines as hmm_notifier_ops says; HMM_CHANGE_RELEASE waits 1 s at most and then says in the log which device did not let go.
  *
- * Cannot fail: an empty range, or one that wraps, is nothing. Changes of several threads, and nested ones of one thread, may overlap.
+ * Cannot fail: an empty range, or one that wraps, is nothing. Changes of several threads, and nested ones of one thread, may overlap;
+ * of one inside of another of its kind that covers it nobody is told again. A thread nests three at most. 128 may be under way; more
+ * wait, for RELEASE 1 s at most.
  * Keeps errno. Allocates nothing, takes no lock of the C library: to be called in signal handlers, in constructors before the
  * library's own, and by an allocator that holds its locks. In a child of fork or vfork, and in library threads, it is nothing.
  *
@@ -578,7 +581,8 @@ struct hmm_change {
  * So it does not wait for a device there, nor call this library.
  */
 HMM_API void hmm_change_begin(struct hmm_change *change, enum hmm_change_kind kind, const void *addr, size_t len);
-/* It was made, or failed. After UNMAP and CLEAR of what was on a device, its device pages are free when this returns. */
+/* It was made, or failed: by the same thread. After UNMAP and CLEAR of what was on a device, its device pages are free when this returns; that is waited for
+ * 100 ms at most, since events before it come first. */
 HMM_API void hmm_change_end(struct hmm_change *change);
 
 /*

@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <linux/mman.h>
 #include <stdarg.h>
+#include <sys/vfs.h>
 
 #include "api/manager.h"
 #include "os/next.h"
@@ -45,13 +46,32 @@ void hmm_change_end(struct hmm_change *change)
 
 /* ---- what each call changes ---- */
 
+#define HUGETLBFS_MAGIC 0x958458f6
+#define HUGE_DEFAULT ((size_t)2 << 20) /* where neither flags nor file say it */
+
+/* The kernel rounds it up to the pages of the new mapping. */
+static size_t mapped_length(size_t len, int flags, int fd)
+{
+    size_t huge = 0;
+    struct statfs fs;
+    int err = errno;
+    if (flags & MAP_ANONYMOUS)
+        huge = !(flags & MAP_HUGETLB)                    ? 0
+               : flags >> MAP_HUGE_SHIFT & MAP_HUGE_MASK ? (size_t)1 << (flags >> MAP_HUGE_SHIFT & MAP_HUGE_MASK)
+                                                         : HUGE_DEFAULT;
+    else if (fd >= 0 && fstatfs(fd, &fs) == 0 && fs.f_type == HUGETLBFS_MAGIC)
+        huge = (size_t)fs.f_bsize;
+    errno = err;
+    return huge && len <= SIZE_MAX - huge ? (len + huge - 1) & ~(huge - 1) : len;
+}
+
 static void *call_mmap(void *(*next)(void *, size_t, int, int, int, int64_t), void *addr, size_t len, int prot, int flags,
                        int fd, int64_t offset)
 {
     if (!(flags & MAP_FIXED) || flags & MAP_FIXED_NOREPLACE)
         return next(addr, len, prot, flags, fd, offset);
     struct hmm_change c;
-    hmm_change_begin(&c, HMM_CHANGE_UNMAP, addr, len);
+    hmm_change_begin(&c, HMM_CHANGE_UNMAP, addr, mapped_length(len, flags, fd));
     void *p = next(addr, len, prot, flags, fd, offset);
     hmm_change_end(&c);
     return p;
@@ -82,13 +102,20 @@ static size_t remapped_part(size_t old_len, size_t new_len, int flags, size_t *l
     return kept;
 }
 
+static void begin_target(struct hmm_change *change, const void *addr, size_t len, const void *source)
+{
+    int err = errno;
+    change->slot = change_begin_target((uintptr_t)addr, len, (uintptr_t)source);
+    errno = err;
+}
+
 static void *call_mremap(void *(*next)(void *, size_t, size_t, int, ...), void *addr, size_t old_len, size_t new_len, int flags,
                          void *new_addr)
 {
     struct hmm_change from, to;
     size_t len, at = remapped_part(old_len, new_len, flags, &len);
     hmm_change_begin(&from, HMM_CHANGE_REMAP, (char *)addr + at, len);
-    hmm_change_begin(&to, HMM_CHANGE_UNMAP, new_addr, flags & MREMAP_FIXED ? new_len : 0);
+    begin_target(&to, new_addr, flags & MREMAP_FIXED ? new_len : 0, addr);
     void *p = next(addr, old_len, new_len, flags, new_addr);
     hmm_change_end(&to);
     hmm_change_end(&from);

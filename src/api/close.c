@@ -15,9 +15,8 @@
 #include "job/job.h"
 #include "migrate/migrate.h"
 #include "mirror/mirror.h"
+#include "process/change.h"
 
-#define PATIENCE_NS                                                                                                            \
-    10000000000ull /* invalidations may wait for kernels to end at their deadlines, a device may fail and recover */
 #define STEP_NS 100000000
 #define OVERDUE_NS 1000000000 /* a callback that runs for so long is worth naming */
 
@@ -70,10 +69,15 @@ static int bring_home(const struct closing *c)
     }
 }
 
-/* The driver's close() removes its notifiers, and would wait for as long as a callback of them runs. */
-static int wait_callbacks(const struct closing *c)
+/* The driver's close() removes its notifiers, and would wait for as long as a callback of them runs. What they use is freed there: none
+ * may begin. */
+static int wait_callbacks(struct closing *c)
 {
     struct notifier_overdue o;
+    if (!c->ignored && !mutate("close-ignore")) {
+        notifier_ignore(&c->dev->mm->notifiers, &c->ending, c->dev);
+        c->ignored = true;
+    }
     while (!mutate("close-callbacks") && notifier_overdue(&c->dev->mm->notifiers, c->dev, 0, &o)) {
         if (given_up(c))
             return -EBUSY;
@@ -82,14 +86,25 @@ static int wait_callbacks(const struct closing *c)
     return 0;
 }
 
+/* The last close stops the threads that end them. */
+static int wait_changes(struct closing *c)
+{
+    SEQ_POINT("close-changes");
+    while (manager_all_ending(&c->counted) && !change_quiet(STEP_NS) && !mutate("close-changes"))
+        if (given_up(c))
+            return -EBUSY;
+    return 0;
+}
+
 static int run_stage(struct closing *c)
 {
     switch (stage_of(c)) {
     case CLOSE_JOBS: end_jobs(c); return 0;
     case CLOSE_USERS: return wait_users(c);
-    case CLOSE_MIRRORS: return mirrors_release(c->dev);
+    case CLOSE_MIRRORS: mirrors_release(c->dev); return 0;
     case CLOSE_PAGES: return bring_home(c);
     case CLOSE_CALLBACKS: return wait_callbacks(c);
+    case CLOSE_CHANGES: return wait_changes(c);
     case CLOSE_DONE: break;
     }
     return 0;
@@ -108,10 +123,12 @@ static void run_closing(struct call *call)
 
 /* ---- who waits for it ---- */
 
-/* Moves with everything that happens: all of it only falls, and the stage only rises. */
+/* Falls with everything that happens. Pages count when no job moves them any more. */
 static uint64_t progress_of(const struct closing *c)
 {
-    return ((uint64_t)(CLOSE_DONE - stage_of(c)) << 56) + ((uint64_t)sched_jobs(c->dev) << 40) + pagemap_used(c->dev->pagemap) +
+    enum close_stage stage = stage_of(c);
+    uint64_t used = stage >= CLOSE_PAGES ? pagemap_used(c->dev->pagemap) : 0;
+    return ((uint64_t)(CLOSE_DONE - stage) << 56) + ((uint64_t)sched_jobs(c->dev) << 40) + used +
            __atomic_load_n(c->users, __ATOMIC_RELAXED);
 }
 
@@ -136,6 +153,10 @@ static int busy(const struct closing *c)
     char text[128];
     if (stage_of(c) == CLOSE_MIRRORS && mirrors_releasing(c->dev, text, sizeof(text)))
         return hmm_fail(-EBUSY, "device %s: %s; close it again when it has", name, text);
+    if (stage_of(c) == CLOSE_CHANGES) {
+        change_text(text, sizeof(text));
+        return hmm_fail(-EBUSY, "device %s: %s; close it again when it has", name, text);
+    }
     if (stage_of(c) == CLOSE_USERS)
         return hmm_fail(-EBUSY, "%u calls of other threads are inside device %s; close it again when they have returned",
                         __atomic_load_n(c->users, __ATOMIC_RELAXED), name);
@@ -145,7 +166,7 @@ static int busy(const struct closing *c)
 
 static int failed(const struct closing *c)
 {
-    if (c->result == -EBUSY || c->running)
+    if (c->running || c->result == -EBUSY) /* while it runs, its thread may write the result */
         return busy(c);
     return hmm_fail(c->result, "%llu pages of device %s could not be brought home: %s; %s",
                     (unsigned long long)pagemap_used(c->dev->pagemap), c->dev->driver->name, hmm_strerror(c->result),
@@ -165,9 +186,10 @@ static bool watch(struct closing *c, uint64_t *until, uint64_t *progress)
 {
     while (!manager_call_done_for(&c->call, STEP_NS)) {
         uint64_t now = os_now(), p = progress_of(c);
-        if (p != *progress)
-            *until = now + PATIENCE_NS;
-        *progress = p;
+        if (p < *progress) {
+            *until = now + manager_patience_ns();
+            *progress = p;
+        }
         if (now < *until || mutate("close-patience"))
             continue;
         __atomic_store_n(&c->give_up, 1, __ATOMIC_RELEASE);
@@ -181,9 +203,15 @@ void closing_init(struct closing *c, struct hmm_device *dev, const uint32_t *use
     *c = (struct closing){.dev = dev, .users = users, .stage = CLOSE_JOBS};
 }
 
+void closing_end(struct closing *c)
+{
+    if (c->ignored)
+        notifier_forget(&c->dev->mm->notifiers, &c->ending);
+}
+
 int closing_run(struct closing *c)
 {
-    uint64_t until = os_now() + PATIENCE_NS, progress = progress_of(c);
+    uint64_t until = os_now() + manager_patience_ns(), progress = progress_of(c);
     __atomic_store_n(&c->give_up, 0, __ATOMIC_RELEASE); /* one that is still there goes on */
     do {
         if (!c->running)

@@ -11,7 +11,8 @@ enum close_stage {
     CLOSE_USERS,     /* calls that are inside the device */
     CLOSE_MIRRORS,   /* its mirrors' release() */
     CLOSE_PAGES,     /* every page comes home */
-    CLOSE_CALLBACKS, /* notifier callbacks of it that are still running */
+    CLOSE_CALLBACKS, /* notifier callbacks of it that are still running; none begins any more */
+    CLOSE_CHANGES,   /* of the last device: changes that the program has announced */
     CLOSE_DONE,      /* nothing is left but the driver's close() */
 };
 
@@ -19,9 +20,12 @@ struct closing {
     struct call call;
     struct hmm_device *dev;
     const uint32_t *users; /* futex: of its slot */
-    bool running;          /* a library thread is at it. Of the one caller */
-    uint32_t stage;        /* atomic: enum close_stage */
-    uint32_t give_up;      /* atomic: end at the next opportunity */
+    bool counted;          /* see manager_all_ending() */
+    bool ignored;          /* its notifiers are not called any more */
+    struct notifier_ending ending;
+    bool running;     /* a library thread is at it. Of the one caller */
+    uint32_t stage;   /* atomic: enum close_stage */
+    uint32_t give_up; /* atomic: end at the next opportunity */
     int result;
 };
 
@@ -31,5 +35,7 @@ void closing_init(struct closing *c, struct hmm_device *dev, const uint32_t *use
  * goes on where it was, and a library thread that could not come back yet is still at it. Application context.
  */
 int closing_run(struct closing *c);
+/* After that: the driver's close() has removed its notifiers, and the device's memory may become another's. */
+void closing_end(struct closing *c);
 
 #endif

@@ -11,6 +11,7 @@
 #include "base/alloc.h"
 #include "base/error.h"
 #include "base/futex.h"
+#include "debug/inject.h"
 #include "job/job.h"
 #include "mirror/mirror.h"
 
@@ -46,18 +47,28 @@ static int find_slot(hmm_dev handle)
     return -1;
 }
 
+static int not_open(hmm_dev handle, enum slot_state state)
+{
+    if (state == SLOT_STUCK)
+        return hmm_fail(-ENODEV, "device handle %d is half closed: hmm_device_close() gave up; close it again", handle);
+    if (state == SLOT_CLOSING || state == SLOT_ENDING)
+        return hmm_fail(-ENODEV, "device handle %d is being closed", handle);
+    return hmm_fail(-ENODEV, "device handle %d is not open (closed before, or never opened)", handle);
+}
+
 struct hmm_device *device_get(hmm_dev handle)
 {
     struct hmm_device *dev = NULL;
     mutex_lock(&devices.lock);
     int i = handle > 0 ? find_slot(handle) : -1;
+    enum slot_state state = i >= 0 ? devices.slots[i].state : SLOT_FREE;
     if (i >= 0 && devices.slots[i].state == SLOT_OPEN) {
         dev = devices.slots[i].dev;
         devices.slots[i].users++;
     }
     mutex_unlock(&devices.lock);
     if (!dev)
-        hmm_fail(-ENODEV, "device handle %d is not open (closed before, or never opened)", handle);
+        not_open(handle, state);
     return dev;
 }
 
@@ -150,17 +161,30 @@ static void remove_pagemap(struct hmm_device *dev)
     dev->pagemap = NULL;
 }
 
+/* Its notifiers may be there, and what they use is freed by close(): as in closing, none is called any more by then. */
+static int end_without_memory(struct hmm_device *dev)
+{
+    struct notifier_ending ending;
+    struct notifier_overdue o;
+    dev->driver->stop(dev->priv);
+    if (!mutate("open-ignore"))
+        notifier_ignore(&dev->mm->notifiers, &ending, dev);
+    while (notifier_overdue(&dev->mm->notifiers, dev, 0, &o))
+        os_sleep(1000000);
+    dev->driver->close(dev->priv);
+    if (!mutate("open-ignore"))
+        notifier_forget(&dev->mm->notifiers, &ending);
+    return hmm_fail(-EINVAL, "driver %s gave no device memory (hmm_pagemap_add)", dev->driver->name);
+}
+
 static int open_device(struct hmm_device *dev, const union hmm_option_value *values)
 {
     int r = sched_new(dev);
     if (r)
         return r;
     r = dev->driver->open(dev, values, &dev->priv);
-    if (!r && !dev->pagemap) {
-        dev->driver->stop(dev->priv);
-        dev->driver->close(dev->priv);
-        r = hmm_fail(-EINVAL, "driver %s gave no device memory (hmm_pagemap_add)", dev->driver->name);
-    }
+    if (!r && !dev->pagemap)
+        r = end_without_memory(dev);
     if (r) {
         mirrors_end(dev);
         remove_pagemap(dev);
@@ -197,6 +221,7 @@ int hmm_device_open(const char *spec, hmm_dev *handle)
     if (r)
         goto release_slot;
     *handle = devices.slots[slot].handle;
+    manager_opened();
     set_slot(slot, SLOT_OPEN);
     return 0;
 
@@ -204,7 +229,7 @@ release_slot:
     set_slot(slot, SLOT_FREE);
 free:
     mem_free(dev, sizeof(*dev));
-    manager_put();
+    manager_put(true);
     return r;
 }
 
@@ -230,7 +255,7 @@ int hmm_device_close(hmm_dev handle)
         devices.slots[slot].state = SLOT_CLOSING;
     mutex_unlock(&devices.lock);
     if (!closable)
-        return hmm_fail(-ENODEV, "device handle %d is not open (closed before, or never opened)", handle);
+        return not_open(handle, state);
     struct hmm_device *dev = devices.slots[slot].dev;
     if (state == SLOT_OPEN)
         closing_init(&devices.slots[slot].closing, dev, &devices.slots[slot].users);
@@ -239,14 +264,18 @@ int hmm_device_close(hmm_dev handle)
         set_slot(slot, SLOT_STUCK);
         return r;
     }
-    set_slot(slot, SLOT_ENDING); /* nobody looks at its pages any more, see devices_each() */
-    remove_pagemap(dev);         /* before its memory goes: the address may be another device's at once */
-    dev->driver->close(dev->priv);
-    mirrors_end(dev);
+    set_slot(slot, SLOT_ENDING);  /* nobody looks at its pages any more, see devices_each() */
+    pagemap_retire(dev->pagemap); /* before its memory goes: the address may be another device's at once */
+    SEQ_POINT("device-emptied");
+    dev->driver->close(dev->priv); /* until it has returned, threads of the driver may ask for pages */
+    mirrors_end(dev); /* what the driver has left behind is not told of any more before its notifiers are called again */
+    closing_end(&devices.slots[slot].closing);
+    remove_pagemap(dev);
     sched_free(dev);
+    bool counted = devices.slots[slot].closing.counted;
     set_slot(slot, SLOT_FREE);
     mem_free(dev, sizeof(*dev));
-    manager_put();
+    manager_put(counted);
     return 0;
 }
 
@@ -321,27 +350,31 @@ static void run_range_call(struct call *call)
     snprintf(c->message, sizeof(c->message), "%s", hmm_last_message());
 }
 
-static int range_call(struct range_call *c)
+/* Of the library's own memory: other threads look at the record under locks, when the program's stack may be away. */
+static int range_call(struct hmm_device *dev, struct hmm_fault_range *range, bool once, int64_t timeout_ns)
 {
-    c->call.fn = run_range_call;
+    struct range_call *c = mem_alloc(sizeof(*c));
+    if (!c)
+        return hmm_fail(-ENOMEM, "no memory for a range fault");
+    *c = (struct range_call){.call.fn = run_range_call, .dev = dev, .range = range, .once = once, .timeout_ns = timeout_ns};
     manager_call(&c->call);
-    return c->message[0] ? hmm_fail(c->result, "%s", c->message) : c->result;
+    int r = c->message[0] ? hmm_fail(c->result, "%s", c->message) : c->result;
+    mem_free(c, sizeof(*c));
+    return r;
 }
 
 int hmm_range_fault(struct hmm_device *dev, struct hmm_fault_range *range)
 {
     if (thread_in_library())
         return mirror_range_fault(dev, range);
-    struct range_call c = {.dev = dev, .range = range, .once = true};
-    return range_call(&c);
+    return range_call(dev, range, true, 0);
 }
 
 int hmm_range_fault_timeout(struct hmm_device *dev, struct hmm_fault_range *range, int64_t timeout_ns)
 {
     if (thread_in_library())
         return mirror_range_fault_timeout(dev, range, timeout_ns);
-    struct range_call c = {.dev = dev, .range = range, .timeout_ns = timeout_ns};
-    return range_call(&c);
+    return range_call(dev, range, false, timeout_ns);
 }
 
 /* To system calls a page whose content is lost looks like one that is not there. */

@@ -10,7 +10,6 @@
 #include "base/error.h"
 #include "reclaim/reclaim.h"
 
-#define PATIENCE_NS 10000000000ull /* without a page coming free */
 #define STEP_NS 100000000
 #define OVERDUE_NS 1000000000 /* a callback that runs for so long is worth naming */
 
@@ -106,12 +105,12 @@ static int meet(struct mm *mm, struct hmm_device *dev)
     c->call.fn = run_limit;
     c->call.abandoned = end_call;
     manager_start_call(&c->call);
-    uint64_t used = used_of(&now), until = os_now() + PATIENCE_NS;
+    uint64_t used = used_of(&now), until = os_now() + manager_patience_ns();
     bool done;
     while (!(done = manager_call_done_for(&c->call, STEP_NS)) && os_now() < until)
         if (used_of(&now) < used) {
             used = used_of(&now);
-            until = os_now() + PATIENCE_NS;
+            until = os_now() + manager_patience_ns();
         }
     int r = is_met(&now) ? 0 : not_met(&now);
     __atomic_store_n(&c->give_up, 1, __ATOMIC_RELEASE);

@@ -26,18 +26,20 @@
 #define GROW_NS 200000000 /* a call that nobody takes for so long gets a thread */
 #define FAULT_WORKERS 4   /* default */
 #define FAULT_WORKERS_MAX 64
-#define INJECT_PERMILLE 2 /* of HMM_DEBUG=inject without a number: starting makes some 240 calls that may fail */
+#define INJECT_PERMILLE 2 /* of HMM_DEBUG=inject without a number: starting makes some 320 calls that may fail */
 
 static struct {
     struct mutex lock; /* RANK_MANAGER: start, stop, configuration */
     uint32_t *alive;   /* on a page that fork wipes: 1 in the process that started the manager */
     unsigned devices;  /* under lock */
+    unsigned ending;   /* of them: those that need no change announced any more, or not yet */
     uint32_t users;    /* atomic: calls inside */
     uint32_t running;  /* atomic */
     struct hmm_config config;
     char debug[64];
     bool validate; /* audit after every migration that the program asks for */
-    bool memory;   /* the allocator has chunks */
+    uint64_t patience_ns;
+    bool memory; /* the allocator has chunks */
     struct mm mm;
     struct workers callers;
 } manager = {.lock = MUTEX_INITIALIZER(RANK_MANAGER)};
@@ -47,6 +49,17 @@ static struct {
 static bool in_child(void)
 {
     return manager.alive && __atomic_load_n(manager.alive, __ATOMIC_ACQUIRE) == 0;
+}
+
+static void forget_lock(void)
+{
+    manager.lock = (struct mutex)MUTEX_INITIALIZER(RANK_MANAGER);
+}
+
+/* Another thread may have been opening, closing or configuring. */
+__attribute__((constructor)) static void watch_fork(void)
+{
+    pthread_atfork(NULL, NULL, forget_lock);
 }
 
 int api_enter(void)
@@ -63,7 +76,7 @@ static void forget_parent(void)
 {
     fork_forget();
     manager.lock = (struct mutex)MUTEX_INITIALIZER(RANK_MANAGER);
-    manager.devices = 0;
+    manager.devices = manager.ending = 0;
     manager.users = 0;
     manager.running = 0;
     *manager.alive = 1;
@@ -71,9 +84,9 @@ static void forget_parent(void)
     kernel_forget();
     own_forget();
     pagemap_forget();
-    threads_forget();
     jobs_forget();
     change_forget();
+    threads_forget(); /* it unmaps, which libhmm-preload.so would announce before */
     mirrors_forget();
     fence_forget();
     mem_forget();
@@ -100,8 +113,10 @@ static int make_alive_page(void)
 int hmm_configure(const struct hmm_config *config)
 {
     message_clear();
-    if (in_child())
-        forget_parent();
+    if (in_child() && manager.devices) /* fences of the parent are known by that nothing was opened here */
+        return hmm_fail(-EBUSY,
+                        "hmm_configure: this process was forked while a device was open, and keeps its settings; configure "
+                        "when a device of its own was opened and closed");
     if (!config || config->size < sizeof(config->size) || config->size > 4096)
         return hmm_fail(-EINVAL, "hmm_configure: set config->size to sizeof(struct hmm_config)");
     struct hmm_config c = {0};
@@ -129,6 +144,8 @@ int hmm_configure(const struct hmm_config *config)
 }
 
 #define DELAY_PERMILLE 20 /* of HMM_DEBUG=delay without a number */
+/* Invalidations may wait for kernels to end at their deadlines, a device may fail and recover. */
+#define PATIENCE_MS 10000
 
 /* The word is `name` or `name=NUMBER`. */
 static bool debug_word(const char *text, size_t n, const char *name, unsigned fallback, unsigned *number)
@@ -150,7 +167,7 @@ static void start_inject(uint64_t seed, unsigned failures, unsigned delays)
             (unsigned long long)seed, failures, delays);
 }
 
-/* "inject", "delay", both also with =PERMILLE, "validate"; others are named and ignored. */
+/* "inject", "delay", both also with =PERMILLE, "validate", "patience=MS"; others are named and ignored. */
 static void start_debug(void)
 {
     const char *text = manager.config.debug ? manager.config.debug : getenv("HMM_DEBUG");
@@ -161,17 +178,20 @@ static void start_debug(void)
     if (!manager.config.seed && seed_text)
         seed = strtoull(seed_text, NULL, 0);
     manager.validate = false;
-    unsigned failures = 0, delays = 0;
+    unsigned failures = 0, delays = 0, patience_ms = PATIENCE_MS;
     while (text && *text) {
         size_t n = strcspn(text, ",");
         if (debug_word(text, n, "inject", INJECT_PERMILLE, &failures))
             delays = delays ? delays : failures;
         else if (n == 8 && !strncmp(text, "validate", 8))
             manager.validate = true;
-        else if (!debug_word(text, n, "delay", DELAY_PERMILLE, &delays))
-            hmm_log(HMM_LOG_WARNING, "HMM_DEBUG: '%.*s' is not known (inject[=N], delay[=N], validate): ignored", (int)n, text);
+        else if (!debug_word(text, n, "patience", PATIENCE_MS, &patience_ms) &&
+                 !debug_word(text, n, "delay", DELAY_PERMILLE, &delays))
+            hmm_log(HMM_LOG_WARNING, "HMM_DEBUG: '%.*s' is not known (inject[=N], delay[=N], validate, patience=MS): ignored",
+                    (int)n, text);
         text += n + (text[n] == ',');
     }
+    __atomic_store_n(&manager.patience_ns, patience_ms * 1000000ull, __ATOMIC_RELAXED);
     if (failures || delays)
         start_inject(seed, failures, delays);
 }
@@ -295,6 +315,7 @@ stop_jobs:
 stop_callers:
     workers_stop(&manager.callers);
 stop_faults:
+    fork_ending();
     fault_stop();
 stop_forks:
     fork_stop();
@@ -321,6 +342,7 @@ static void stop(void)
     jobs_stop();
     mirrors_stop();
     workers_stop(&manager.callers);
+    fork_ending(); /* while events are read */
     fault_stop();
     fork_stop();
     threads_call(staging_exit_in_root, NULL);
@@ -334,25 +356,47 @@ int manager_get(struct mm **mm)
 {
     if (in_child())
         forget_parent();
-    int r = make_alive_page();
-    if (r)
-        return r;
     mutex_lock(&manager.lock);
-    if (manager.devices == 0)
+    int r = make_alive_page();
+    if (!r && manager.devices == 0)
         r = start();
-    if (!r)
+    if (!r) {
         manager.devices++;
+        manager.ending += !mutate("opening-ending");
+    }
     mutex_unlock(&manager.lock);
     *mm = &manager.mm;
     return r;
 }
 
-void manager_put(void)
+void manager_opened(void)
 {
     mutex_lock(&manager.lock);
+    manager.ending -= !mutate("opening-ending");
+    change_accept(true);
+    mutex_unlock(&manager.lock);
+}
+
+/* Whoever is last finds no change that was announced: those who only open have none announced, of the others one waited for all to end. */
+void manager_put(bool counted)
+{
+    mutex_lock(&manager.lock);
+    manager.ending -= counted;
     if (--manager.devices == 0)
         stop();
     mutex_unlock(&manager.lock);
+}
+
+bool manager_all_ending(bool *counted)
+{
+    mutex_lock(&manager.lock);
+    manager.ending += !*counted;
+    *counted = true;
+    bool all = manager.ending == manager.devices;
+    if (all)
+        change_accept(false);
+    mutex_unlock(&manager.lock);
+    return all;
 }
 
 struct mm *manager_use(void)
@@ -431,6 +475,11 @@ void manager_call(struct call *c)
 bool manager_validates(void)
 {
     return manager.validate;
+}
+
+uint64_t manager_patience_ns(void)
+{
+    return __atomic_load_n(&manager.patience_ns, __ATOMIC_RELAXED);
 }
 
 unsigned manager_callers(void)

@@ -13,10 +13,15 @@
 /* -ESRCH in a child of fork that has not opened a device of its own; clears the thread's message. Call it first. */
 int api_enter(void);
 
-/* Starts the manager if it does not run, and counts one more device. */
+/* Starts the manager if it does not run, and counts one more device, as one that is ending until it is open. */
 int manager_get(struct mm **mm);
-/* One device less; the last stops the manager. */
-void manager_put(void);
+/* The device of manager_get() is open: changes are announced from now on. Cannot fail. */
+void manager_opened(void);
+/* One device less; the last stops the manager. counted: as ending, by manager_all_ending() or because it did not open. */
+void manager_put(bool counted);
+/* Whether each device is one that has asked this, or is not open yet: then no change is announced any more, until manager_opened().
+ * *counted: this one has asked; false at first. */
+bool manager_all_ending(bool *counted);
 /* Keeps the manager from stopping during a call; NULL when none runs (-ENODEV). */
 struct mm *manager_use(void);
 void manager_unuse(void);
@@ -42,6 +47,8 @@ bool manager_call_done_for(struct call *call, int64_t timeout_ns);
 unsigned manager_callers(void);
 /* HMM_DEBUG=validate */
 bool manager_validates(void);
+/* How long closing and meeting a limit wait while nothing moves: ten seconds, or HMM_DEBUG=patience. */
+uint64_t manager_patience_ns(void);
 
 /* ---- change.c ---- */
 

@@ -104,7 +104,7 @@ static void run_to_device(struct call *call)
 
 int hmm_migrate_to_device(hmm_dev handle, const void *addr, size_t len, struct hmm_migrate_result *res)
 {
-    uintptr_t start, end;
+    uintptr_t start = 0, end = 0;
     int r = api_enter();
     if (!r)
         r = check_result("hmm_migrate_to_device", res);
@@ -152,7 +152,7 @@ static void run_to_system(struct call *call)
 int hmm_migrate_to_system(const void *addr, size_t len, struct hmm_migrate_result *res)
 {
     struct hmm_migrate_result sum = {0};
-    uintptr_t start, end;
+    uintptr_t start = 0, end = 0;
     int r = api_enter();
     if (!r)
         r = check_result("hmm_migrate_to_system", res);
@@ -211,7 +211,7 @@ static void run_query(struct call *call)
 
 int64_t hmm_range_query(const void *addr, size_t len, struct hmm_page_info *pages, size_t max)
 {
-    uintptr_t start, end;
+    uintptr_t start = 0, end = 0;
     int r = api_enter();
     if (!r)
         r = page_range("hmm_range_query", addr, len, &start, &end);

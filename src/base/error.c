@@ -1,46 +1,42 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * See error.h. `lock` (RANK_LOG, the innermost) protects everything static below. A delivery in progress is a record on the
- * stack of its thread, stamped with the generation of the callback it runs: hmm_set_log() starts a new generation and waits
- * until no older one is left. A thread inside a callback does not wait there, so two callbacks that (wrongly) set callbacks do
- * not wait for each other.
+ * See error.h. `lock` (RANK_LOG, the innermost) protects everything static below. Deliveries in progress are counted by the
+ * generation of the callback they run: hmm_set_log() starts a new generation and waits until no older one is left. A thread inside
+ * a callback does not wait there, so two callbacks that (wrongly) set callbacks do not wait for each other. No record of a delivery
+ * stands on its thread's stack: that is the program's memory, which nobody may touch under the lock.
  *
  * Messages are formatted by vsnprintf into memory of the thread; for integers, strings and pointers it does not allocate.
  */
 #include "base/error.h"
 
-#include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 
 #include "base/futex.h"
-#include "base/list.h"
 #include "base/lock.h"
 
 #define THREAD_LOCAL static __thread __attribute__((tls_model("initial-exec")))
 #define LINE_BYTES 256
 #define RING_LINES 64
+#define GENERATIONS 16        /* that are told apart */
+#define LATER_NS 100000000ull /* that log_later() waits for the drainer */
 
 struct line {
     enum hmm_log_level level;
     char text[LINE_BYTES];
 };
 
-struct delivery {
-    struct list link;
-    uint64_t generation;
-};
-
 THREAD_LOCAL char message[LINE_BYTES];
 THREAD_LOCAL bool library_thread;
 THREAD_LOCAL bool in_callback;
+THREAD_LOCAL uint64_t delivering; /* generation of the delivery that this thread is in */
 
 static struct mutex lock = MUTEX_INITIALIZER(RANK_LOG);
 static hmm_log_fn callback; /* also read without the lock, to skip work */
 static void *callback_arg;
 static uint64_t generation;
-static struct list deliveries = {&deliveries, &deliveries};
+static unsigned deliveries[GENERATIONS];
 static uint32_t delivered; /* futex: a delivery ended while somebody waited */
 static unsigned delivery_waiters;
 
@@ -80,14 +76,17 @@ void message_clear(void)
 
 /* ---- delivery ---- */
 
+static bool any_before(uint64_t limit)
+{
+    for (uint64_t g = limit; g > 0 && generation - (g - 1) < GENERATIONS; g--)
+        if (deliveries[(g - 1) % GENERATIONS])
+            return true;
+    return false;
+}
+
 static void wait_for_deliveries_before(uint64_t limit)
 {
-    for (;;) {
-        bool old = false;
-        list_for_each (pos, &deliveries)
-            old |= container_of(pos, struct delivery, link)->generation < limit;
-        if (!old)
-            return;
+    while (any_before(limit)) {
         delivery_waiters++;
         mutex_wait(&lock, &delivered, delivered);
         delivery_waiters--;
@@ -108,21 +107,21 @@ void hmm_set_log(hmm_log_fn fn, void *arg)
 /* Calls the callback, if one is set. */
 static void deliver(enum hmm_log_level level, const char *text)
 {
-    struct delivery d;
     mutex_lock(&lock);
     hmm_log_fn fn = callback;
     void *arg = callback_arg;
-    d.generation = generation;
+    uint64_t g = generation;
     if (fn)
-        list_add_tail(&deliveries, &d.link);
+        deliveries[g % GENERATIONS]++;
     mutex_unlock(&lock);
     if (!fn)
         return;
+    delivering = g;
     in_callback = true;
     fn(level, text, arg);
     in_callback = false;
     mutex_lock(&lock);
-    list_del(&d.link);
+    deliveries[g % GENERATIONS]--;
     bool wake = delivery_waiters > 0;
     if (wake)
         delivered++;
@@ -171,6 +170,22 @@ static bool dequeue(struct line *out)
     return some;
 }
 
+/* The process may be about to end. */
+static void wait_taken(void)
+{
+    uint32_t never = 0;
+    for (uint64_t waited = 0; waited < LATER_NS; waited += LATER_NS / 100) {
+        mutex_lock(&lock);
+        bool some = ring_count > 0;
+        for (unsigned g = 0; g < GENERATIONS; g++)
+            some |= deliveries[g] > 0;
+        mutex_unlock(&lock);
+        if (!some)
+            return;
+        futex_wait(&never, 0, LATER_NS / 100);
+    }
+}
+
 unsigned log_drain(void)
 {
     struct line l;
@@ -209,18 +224,31 @@ void log_wake(void)
 void log_forget(void)
 {
     mutex_init(&lock, RANK_LOG); /* another thread may have held it at fork */
-    list_init(&deliveries);
+    memset(deliveries, 0, sizeof(deliveries));
+    if (in_callback)
+        deliveries[delivering % GENERATIONS] = 1;
     delivery_waiters = 0;
     ring_first = ring_count = 0;
     ring_lost = 0;
     draining = false;
-    library_thread = in_callback = false;
+    library_thread = false;
+}
+
+/* The child may set a log without ever opening a device. */
+__attribute__((constructor)) static void watch_fork(void)
+{
+    pthread_atfork(NULL, NULL, log_forget);
+}
+
+static bool has_callback(void)
+{
+    return !in_callback && __atomic_load_n(&callback, __ATOMIC_RELAXED);
 }
 
 void hmm_log(enum hmm_log_level level, const char *fmt, ...)
 {
     char text[LINE_BYTES];
-    if (in_callback || !__atomic_load_n(&callback, __ATOMIC_RELAXED))
+    if (!has_callback())
         return;
     va_list ap;
     va_start(ap, fmt);
@@ -229,4 +257,17 @@ void hmm_log(enum hmm_log_level level, const char *fmt, ...)
     bool in_the_way = library_thread || (lock_held_ranks() & ~(1u << RANK_MANAGER));
     if (!in_the_way || !enqueue(level, text))
         deliver(level, text);
+}
+
+void log_later(enum hmm_log_level level, const char *fmt, ...)
+{
+    char text[LINE_BYTES];
+    if (!has_callback())
+        return;
+    va_list ap;
+    va_start(ap, fmt);
+    format(text, fmt, ap);
+    va_end(ap);
+    if (enqueue(level, text))
+        wait_taken();
 }

@@ -24,8 +24,11 @@ unsigned log_drain(void);
 const uint32_t *log_pending_word(void);
 /* Changes it although there is no line, so that the drainer looks whether it is to end. */
 void log_wake(void);
-/* In a child of fork: forgets queued lines and callbacks that ran in other threads. The callback stays set. */
+/* In a child of fork, also before it opens a device: forgets queued lines and callbacks that ran in other threads. The callback stays set. */
 void log_forget(void);
+/* hmm_log() where no callback of the program may run: in its signal handlers, and in the calls that it may make there. The drainer
+ * delivers the line; that is waited for, 100 ms at most. Where nobody drains it is lost. */
+void log_later(enum hmm_log_level level, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 /* Clears the thread's message at the start of an API call. */
 void message_clear(void);
 

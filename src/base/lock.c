@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * See lock.h. POSIX locks underneath, so that thread sanitizers understand them. The ranks held are a bit mask per thread;
- * block locks, of which a thread may hold several, have a count as well.
+ * See lock.h. POSIX locks underneath, so that thread sanitizers understand them. The ranks held are a bit mask per thread.
  */
 #include "base/lock.h"
 
@@ -18,7 +17,6 @@ void (*lock_report)(const char *line);
 void (*lock_delay)(enum lock_rank rank, bool taken);
 
 THREAD_LOCAL uint32_t held;
-THREAD_LOCAL uint32_t blocks_held;
 
 /* ---- signals ---- */
 
@@ -38,11 +36,15 @@ bool signals_in_library_thread(void)
 
 void signals_block(void)
 {
-    sigset_t all;
-    if (signals_never || signals_depth++ > 0)
+    sigset_t all, before;
+    if (signals_never)
         return;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &signals_before);
+    if (signals_depth == 0) { /* counted when they are blocked: a handler that comes before takes locks, too */
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        signals_before = before;
+    }
+    signals_depth++;
 }
 
 void signals_unblock(void)
@@ -60,14 +62,10 @@ static uint32_t bit(enum lock_rank rank)
 static void set_held(enum lock_rank rank)
 {
     held |= bit(rank);
-    if (rank == RANK_BLOCK)
-        blocks_held++;
 }
 
 static void clear_held(enum lock_rank rank)
 {
-    if (rank == RANK_BLOCK && blocks_held > 0 && --blocks_held > 0)
-        return;
     held &= ~bit(rank);
 }
 
@@ -102,8 +100,6 @@ static void violation(const char *what, enum lock_rank rank, uint32_t others)
 static void check_take(enum lock_rank rank)
 {
     uint32_t allowed = bit(rank) - 1;
-    if (rank == RANK_BLOCK)
-        allowed |= bit(RANK_BLOCK);
     if (held & ~allowed)
         violation("takes", rank, held);
 }
@@ -175,7 +171,6 @@ const uint32_t *lock_held_word(void)
 void lock_forget(void)
 {
     held = 0;
-    blocks_held = 0;
     signals_never = false;
     signals_depth = 0;
 }

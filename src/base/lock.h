@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Mutexes and a reader-writer lock with ranks. A thread may take only locks of a higher rank than those it holds, except that
- * block locks are taken in ascending address order under RANK_BLOCK. Checked in debug builds (HMM_LOCK_CHECK); a violation
- * is reported through lock_report and counted, never aborts.
+ * Mutexes and a reader-writer lock with ranks. A thread may take only locks of a higher rank than those it holds, so one of each.
+ * Checked in debug builds (HMM_LOCK_CHECK); a violation is reported through lock_report and counted, never aborts.
  *
  *   address space (RANK_AS) -> block -> changing -> notifier -> driver -> pagemap -> jobs -> queue -> allocator -> log
  *

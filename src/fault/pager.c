@@ -116,7 +116,7 @@ static int give_zeros(struct mm *mm, const struct block *b, const struct region 
         return (int)given;
     }
     n = given >> os_page_shift();
-    mm_dropped(mm, ft->addr, ft->addr + given);
+    mm_dropped(mm, ft->addr, ft->addr + given, UINT64_MAX);
     policy_zero_given(&pager.zero_streams, number, n);
     stat_add(&mm->stats.zero_filled, n);
     return (int)n;

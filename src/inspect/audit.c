@@ -9,6 +9,7 @@
 
 #include "inspect/inspect.h"
 
+#define SCAN_TRIES 8
 #define REGIONS 64
 
 struct audit {
@@ -67,18 +68,29 @@ static bool is_missing(entry_t e)
     return e && entry_kind(e) != ENTRY_POISON;
 }
 
+static int scan(struct audit *a, uintptr_t at, uintptr_t end, struct os_region *v, uintptr_t *walked)
+{
+    int n = -1;
+    for (unsigned tries = 0; tries < SCAN_TRIES && n < 0; tries++)
+        n = os->pagemap_scan(a->mm->pagemap_fd, at, end, v, REGIONS, walked);
+    return n;
+}
+
 /* Pages that are away are missing for the CPU. */
 static void audit_missing(struct audit *a, const struct block *b)
 {
     struct os_region v[REGIONS];
     uintptr_t end = b->base + OS_BLOCK_SIZE;
-    for (uintptr_t at = b->base, walked; at < end && !a->pending;) {
-        int n = os->pagemap_scan(a->mm->pagemap_fd, at, end, v, REGIONS, &walked);
+    for (uintptr_t at = b->base, walked; at < end && !a->pending; at = walked) {
+        int n = scan(a, at, end, v, &walked);
+        if (n < 0) {
+            violation(a, "block %#lx could not be looked at (PAGEMAP_SCAN: %s)", (unsigned long)b->base, hmm_strerror(n));
+            return;
+        }
         for (int k = 0; k < n; k++)
             for (uintptr_t addr = v[k].start; addr < v[k].end; addr += os_page_size())
                 if (is_missing(block_entry(b, block_index(addr))) && os->uffd_pending(a->mm->uffd.fd) == 0)
                     violation(a, "page %#lx is away and present at once", (unsigned long)addr);
-        at = n < 0 ? end : walked;
     }
 }
 

@@ -44,7 +44,7 @@ static const struct fact facts[] = {
     {fact_close, "8: a closed descriptor turns missing pages into zeros; one in a private table does not close",
      "library threads hold every descriptor in a private table, for good"},
     {fact_fork, "9: fork and mremap without events turn missing pages into zeros; MADV_DONTFORK keeps them from children",
-     "managed memory is not inherited, the REMAP event is always asked for"},
+     "where the event of fork is not given, managed memory is kept from children; that of REMAP is always asked for"},
     {fact_mincore, "10: mincore calls a swapped page absent; PAGEMAP_SCAN does not", "only PAGEMAP_SCAN is asked"},
     {fact_dontneed, "11: MADV_DONTNEED of ours could hit a new mapping, and waits for our own reader",
      "it is never called on memory of the program, nor on an area with events"},
@@ -71,6 +71,12 @@ static const struct fact facts[] = {
      "memory that is only mirrored is watched at no cost, and no event is missed when it changes to being away and back"},
     {fact_remap_leaves, "23: mremap tells of the unmap of the old place after the remap, except with MREMAP_DONTUNMAP",
      "the old place stays known until then: an unmap that another remap onto it has overtaken is owed"},
+    {fact_move_huge_zero, "24: the huge zero page can be moved in two halves",
+     "it is never moved as one, which corrupts it on some kernels"},
+    {fact_move_lazy, "25: a page that was freed lazily can be moved, and may be discarded afterwards",
+     "a staged page that is gone reads as zeros"},
+    {fact_fork_event, "26: fork waits until its event is read, which brings a descriptor that fills the child's memory",
+     "a child is given what is away through it; without the right to the event, handlers of fork do what can be done"},
 };
 
 /* ---- in the child ---- */

@@ -94,5 +94,8 @@ void fact_mlockall(void);
 void fact_poison(void);
 void fact_modes(void);
 void fact_remap_leaves(void);
+void fact_move_huge_zero(void);
+void fact_move_lazy(void);
+void fact_fork_event(void);
 
 #endif

@@ -223,3 +223,61 @@ void fact_dontneed(void)
         fact_unseen("a late MADV_DONTNEED did not reach the new mapping");
     fact_ok("a late call emptied the mapping that had come since; with events it waited for the reader, without it did not");
 }
+
+/* ---- 26: the event of fork ---- */
+
+struct forker {
+    char *at;
+    int seen, done; /* what the child read there; fork has returned and the child has ended */
+};
+
+static int read_there(void *at)
+{
+    return *(volatile char *)at;
+}
+
+static void fork_once(void *arg)
+{
+    struct forker *f = arg;
+
+    f->seen = in_child(read_there, f->at);
+    set_flag(&f->done);
+}
+
+void fact_fork_event(void)
+{
+    struct os_uffd u;
+    size_t page = os_page_size();
+    char *x = pages(2), *src = pages(1);
+    struct forker f = {.at = x};
+    struct uffd_msg msg;
+    int err = os->uffd_open(EVENTS | UFFD_FEATURE_EVENT_FORK, &u), child;
+    int64_t r;
+
+    if (err == -EPERM)
+        fact_unseen("could not be tried: the event of fork takes CAP_SYS_PTRACE");
+    if (err < 0)
+        fact_unseen("could not be tried: userfaultfd with the event of fork: %s", error_name(err));
+    watch(u.fd, x, 2);
+    memset(src, 'f', page);
+    thread_start(fork_once, &f);
+    wait_message(u.fd);
+    os_sleep(5000000);
+    if (flag_set(&f.done))
+        fact_differs("fork was over before its event was read");
+    msg = read_message(u.fd);
+    child = (int)msg.arg.fork.ufd;
+    if (msg.event != UFFD_EVENT_FORK || child < 0)
+        fact_differs("fork sent event %u, with descriptor %d", msg.event, child);
+    r = os->uffd_copy(child, (uintptr_t)x, src, page);
+    if (r != (int64_t)page)
+        fact_differs("COPY into the child, by the descriptor of the event, gave %s", error_name(r));
+    os->uffd_wake(child, (uintptr_t)x, page);
+    wait_flag(&f.done);
+    if (f.seen != 'f')
+        fact_differs("the child read %d where COPY had put %d", f.seen, 'f');
+    if (present(x))
+        fact_differs("COPY into the child put its page into the parent");
+    os->close(child);
+    fact_ok("fork waited until its event was read, COPY by the descriptor of the event reached the child, and only the child");
+}

@@ -388,3 +388,45 @@ void fact_move_huge(void)
         fact_differs("a huge page did not arrive whole");
     fact_ok("moved whole in %.1f us", (double)t / 1000);
 }
+
+/* ---- 24: the huge zero page ---- */
+
+void fact_move_huge_zero(void)
+{
+    struct os_uffd u = uffd_new(NO_EVENTS);
+    char *src = huge_area(), *dst = huge_area();
+    size_t half = OS_BLOCK_SIZE / 2;
+
+    (void)*(volatile char *)src;
+    if (!is_huge(src))
+        fact_unseen("could not be tried: no huge zero page was to be had");
+    watch(u.fd, dst, OS_BLOCK_SIZE / os_page_size());
+    for (size_t at = 0; at < OS_BLOCK_SIZE; at += half)
+        if (os->uffd_move(u.fd, (uintptr_t)dst + at, (uintptr_t)src + at, half) != (int64_t)half)
+            fact_differs("MOVE of half of the huge zero page failed");
+    for (size_t i = 0; i < OS_BLOCK_SIZE; i++)
+        if (dst[i])
+            fact_differs("half of the huge zero page arrived as something else");
+    fact_ok("moved in two halves, which read as zeros");
+}
+
+/* ---- 25: pages that were freed lazily ---- */
+
+void fact_move_lazy(void)
+{
+    struct os_uffd u = uffd_new(NO_EVENTS);
+    size_t page = os_page_size();
+    char *src = pages(1), *dst = pages(1);
+
+    on_cpu(0); /* another would not find the page on the kernel's lists yet */
+    *src = 5;
+    if (madvise(src, page, MADV_FREE))
+        fact_unseen("could not be tried: MADV_FREE: %s", error_name(-errno));
+    watch(u.fd, dst, 1);
+    if (os->uffd_move(u.fd, (uintptr_t)dst, (uintptr_t)src, page) != (int64_t)page)
+        fact_differs("a page that was freed lazily could not be moved");
+    if (*dst != 5 && *dst != 0)
+        fact_differs("a page that was freed lazily arrived as something else");
+    madvise(dst, page, MADV_PAGEOUT);
+    fact_ok(present(dst) ? "it stays where it was moved to" : "it may be discarded where it was moved to");
+}

@@ -52,6 +52,29 @@ static int gone_from_slot(struct mm *mm, uintptr_t slot, unsigned n)
     return (int)((first - slot) >> os_page_shift());
 }
 
+/* Pages of the slot from here on that are there. One that was freed lazily may have been discarded: it reads as zeros, and to copy it would
+ * wait for the reader. */
+static int staged(struct mm *mm, uintptr_t slot, unsigned n)
+{
+    struct os_region v;
+    uintptr_t walked;
+    int r = os->pagemap_scan(mm->pagemap_fd, slot, slot + page_bytes(n), &v, 1, &walked);
+    if (r < 0)
+        return -EAGAIN;
+    return r > 0 && v.start == slot ? (int)((v.end - slot) >> os_page_shift()) : 0;
+}
+
+static int copy_run(struct mm *mm, struct flight *f, struct put_source src, unsigned i, unsigned n)
+{
+    const char *from = source_of(f, src, i);
+    int there = src.slot && !mutate("staging-put") ? staged(mm, (uintptr_t)from, n) : (int)n;
+    if (there < 0)
+        return there;
+    int64_t r = there ? os->uffd_copy(mm->uffd.fd, f->home[i], from, page_bytes((unsigned)there))
+                      : os->uffd_zeropage(mm->uffd.fd, f->home[i], os_page_size());
+    return r > 0 ? (int)(r >> os_page_shift()) : (int)r;
+}
+
 /* One try: pages put from the start of the run (> 0) or an error about its first page. */
 static int try_run(struct mm *mm, struct flight *f, struct put_source src, unsigned i, unsigned n, bool *moved)
 {
@@ -72,9 +95,7 @@ static int try_run(struct mm *mm, struct flight *f, struct put_source src, unsig
         if (r == -EAGAIN || r == -ENOMEM)
             return r;
     }
-    unsigned max = n < COPY_PAGES ? n : COPY_PAGES;
-    int64_t r = os->uffd_copy(mm->uffd.fd, f->home[i], from, page_bytes(max));
-    return r > 0 ? (int)(r >> os_page_shift()) : (int)r;
+    return copy_run(mm, f, src, i, n < COPY_PAGES ? n : COPY_PAGES);
 }
 
 /* Pages of the run that lie in the first one's mapping: the kernel takes no range that spans two. */

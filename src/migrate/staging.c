@@ -12,13 +12,18 @@
 
 #define RENEW_TRIES 100
 
+struct slot {
+    uint64_t used;   /* its flight, and the pages of it that children of fork are still to get; 0: free */
+    bool huge;       /* it held a huge page: known when its flight has given it back */
+    bool tables;     /* a page table may stand there, even when no page does */
+    bool registered; /* OUT only, as is */
+    bool filled;     /* everything that is to stand there has come */
+};
+
 struct slots {
     char *base;
     unsigned n;
-    uint64_t *used;   /* its flight, and the pages of it that children of fork are still to get; 0: free */
-    bool *huge;       /* it held a huge page: known when its flight has given it back */
-    bool *registered; /* OUT only */
-    bool *tables;     /* a page table may stand there, even when no page does */
+    struct slot *v;
 };
 
 static struct {
@@ -37,14 +42,8 @@ static void slots_exit(struct slots *s)
 {
     if (s->base)
         own_unmap(s->base, s->n * OS_BLOCK_SIZE);
-    if (s->used)
-        mem_free(s->used, s->n * sizeof(*s->used));
-    if (s->huge)
-        mem_free(s->huge, s->n * sizeof(*s->huge));
-    if (s->registered)
-        mem_free(s->registered, s->n * sizeof(*s->registered));
-    if (s->tables)
-        mem_free(s->tables, s->n * sizeof(*s->tables));
+    if (s->v)
+        mem_free(s->v, s->n * sizeof(*s->v));
     memset(s, 0, sizeof(*s));
 }
 
@@ -52,11 +51,8 @@ static int slots_init(struct slots *s, enum staging_kind kind, unsigned n)
 {
     void *base = NULL;
     s->n = n;
-    s->used = mem_alloc(n * sizeof(*s->used));
-    s->huge = mem_alloc(n * sizeof(*s->huge));
-    s->registered = mem_alloc(n * sizeof(*s->registered));
-    s->tables = mem_alloc(n * sizeof(*s->tables));
-    if (!s->used || !s->huge || !s->registered || !s->tables)
+    s->v = mem_alloc(n * sizeof(*s->v));
+    if (!s->v)
         return -ENOMEM;
     int r = own_map(n * OS_BLOCK_SIZE, OS_BLOCK_SIZE, map_flags(kind), &base);
     s->base = base;
@@ -76,7 +72,7 @@ static void keep_slot(uintptr_t addr, uint64_t pages)
 {
     struct slots *out = &staging.kinds[STAGING_OUT];
     mutex_lock(&staging.lock);
-    out->used[slot_of(out, addr)] += pages;
+    out->v[slot_of(out, addr)].used += pages;
     mutex_unlock(&staging.lock);
 }
 
@@ -84,12 +80,15 @@ static void keep_slot(uintptr_t addr, uint64_t pages)
 static bool drop_uses(struct slots *s, unsigned i, uint64_t uses, bool huge)
 {
     mutex_lock(&staging.lock);
-    s->huge[i] |= huge;
-    bool last = s->used[i] == uses;
-    if (!last)
-        s->used[i] -= uses;
+    s->v[i].huge |= huge;
+    uint64_t used = s->v[i].used;
+    if (used > uses)
+        s->v[i].used -= uses;
     mutex_unlock(&staging.lock);
-    return last;
+    if (used < uses)
+        hmm_log(HMM_LOG_ERROR, "bug: staging slot %u is given back by more than use it (%lu of %lu)", i, (unsigned long)uses,
+                (unsigned long)used);
+    return used == uses;
 }
 
 static void free_slot(struct mm *mm, enum staging_kind kind, unsigned i);
@@ -109,7 +108,7 @@ bool staging_is_kept(const void *slot)
     if (addr < base || addr >= base + out->n * OS_BLOCK_SIZE)
         return false;
     mutex_lock(&staging.lock);
-    bool kept = out->used[slot_of(out, addr)] > 1;
+    bool kept = out->v[slot_of(out, addr)].used > 1;
     mutex_unlock(&staging.lock);
     return kept;
 }
@@ -141,8 +140,9 @@ void staging_exit(struct mm *mm)
     struct slots *out = &staging.kinds[STAGING_OUT];
     for (unsigned i = 0; i < out->n; i++)
         /* Unmapping what is registered would wait for a reader that has ended. */
-        for (unsigned tries = 0; tries < RENEW_TRIES && out->registered[i]; tries++)
-            out->registered[i] = os->uffd_unregister(mm->uffd.fd, (uintptr_t)out->base + i * OS_BLOCK_SIZE, OS_BLOCK_SIZE) != 0;
+        for (unsigned tries = 0; tries < RENEW_TRIES && out->v[i].registered; tries++)
+            out->v[i].registered =
+                os->uffd_unregister(mm->uffd.fd, (uintptr_t)out->base + i * OS_BLOCK_SIZE, OS_BLOCK_SIZE) != 0;
     for (int k = 0; k < STAGING_KINDS; k++)
         slots_exit(&staging.kinds[k]);
     mutex_destroy(&staging.lock);
@@ -154,11 +154,11 @@ static int take_slot(struct slots *s, bool wait)
     mutex_lock(&staging.lock);
     while (got < 0) {
         for (unsigned i = 0; i < s->n && got < 0; i++)
-            if (!s->used[i])
+            if (!s->v[i].used)
                 got = i;
         if (got >= 0) {
-            s->used[got] = 1;
-            s->huge[got] = false;
+            s->v[got].used = 1;
+            s->v[got].huge = s->v[got].filled = false;
         } else if (wait)
             mutex_wait(&staging.lock, &staging.changed, staging.changed);
         else
@@ -171,7 +171,7 @@ static int take_slot(struct slots *s, bool wait)
 static void give_slot(struct slots *s, unsigned i)
 {
     mutex_lock(&staging.lock);
-    s->used[i] = 0;
+    s->v[i].used = 0;
     staging.changed++;
     mutex_unlock(&staging.lock);
     futex_wake(&staging.changed, INT32_MAX); /* all: kinds share the word */
@@ -203,13 +203,13 @@ static void retire(int err)
 static int empty_slot(struct slots *s, unsigned i, enum staging_kind kind, bool huge)
 {
     void *slot = s->base + i * OS_BLOCK_SIZE;
-    if (!s->registered[i] && (kind == STAGING_IN_HUGE || (huge && s->tables[i]))) {
-        s->tables[i] = false;
+    if (!s->v[i].registered && (kind == STAGING_IN_HUGE || (huge && s->v[i].tables))) {
+        s->v[i].tables = false;
         return renew(slot, kind);
     }
-    s->tables[i] |= !huge;
+    s->v[i].tables |= !huge;
     int r = os->advise(slot, OS_BLOCK_SIZE, OS_ADVISE_DONTNEED);
-    return r && !s->registered[i] ? renew(slot, kind) : r; /* locked, by mlockall() of the program: what is fresh is not */
+    return r && !s->v[i].registered ? renew(slot, kind) : r; /* locked, by mlockall() of the program: what is fresh is not */
 }
 
 /* What stands in the slot is taken for pages of the program, and mlockall(MCL_CURRENT) fills all memory that can be accessed. While the slot
@@ -227,15 +227,15 @@ static int prepare_out(struct mm *mm, struct slots *s, unsigned i)
 {
     char *slot = s->base + i * OS_BLOCK_SIZE;
     for (unsigned tries = 0; tries < RENEW_TRIES; tries++) {
-        if (!s->registered[i] && os->uffd_register(mm->uffd.fd, (uintptr_t)slot, OS_BLOCK_SIZE))
+        if (!s->v[i].registered && os->uffd_register(mm->uffd.fd, (uintptr_t)slot, OS_BLOCK_SIZE))
             return -ENOMEM;
-        s->registered[i] = true;
+        s->v[i].registered = true;
         if (is_empty(mm, slot))
             return 0;
         if (os->uffd_unregister(mm->uffd.fd, (uintptr_t)slot, OS_BLOCK_SIZE))
             continue;
-        s->registered[i] = false;
-        s->tables[i] = false;
+        s->v[i].registered = false;
+        s->v[i].tables = false;
         int r = renew(slot, STAGING_OUT);
         if (r) {
             retire(r);
@@ -257,14 +257,27 @@ void *staging_get(struct mm *mm, enum staging_kind kind, bool wait)
     return r ? NULL : s->base + i * OS_BLOCK_SIZE;
 }
 
+void staging_filled(struct mm *mm, const void *slot)
+{
+    struct slots *out = &staging.kinds[STAGING_OUT];
+    mutex_lock(&staging.lock);
+    struct slot *s = &out->v[slot_of(out, (uintptr_t)slot)];
+    s->filled = true;
+    bool kept = s->used > 1;
+    mutex_unlock(&staging.lock);
+    if (kept) /* what is copied for a child may have been touched before */
+        os->uffd_wake(mm->uffd.fd, (uintptr_t)slot, OS_BLOCK_SIZE);
+}
+
 bool staging_touched(struct mm *mm, uintptr_t addr)
 {
-    struct slots *s = &staging.kinds[STAGING_OUT];
-    uintptr_t base = (uintptr_t)s->base;
-    if (addr < base || addr >= base + s->n * OS_BLOCK_SIZE)
+    struct slots *out = &staging.kinds[STAGING_OUT];
+    uintptr_t base = (uintptr_t)out->base;
+    if (addr < base || addr >= base + out->n * OS_BLOCK_SIZE)
         return false;
     mutex_lock(&staging.lock);
-    if (!s->used[(addr - base) / OS_BLOCK_SIZE]) {
+    const struct slot *slot = &out->v[slot_of(out, addr)];
+    if (!slot->used || (slot->filled && !mutate("staging-lazy"))) {
         os->uffd_zeropage(mm->uffd.fd, addr, os_page_size());
         os->uffd_wake(mm->uffd.fd, addr, os_page_size());
     }
@@ -278,9 +291,9 @@ static void free_slot(struct mm *mm, enum staging_kind kind, unsigned i)
     char *slot = s->base + i * OS_BLOCK_SIZE;
     lock_assert_none();
     if (kind == STAGING_OUT && !os->uffd_unregister(mm->uffd.fd, (uintptr_t)slot, OS_BLOCK_SIZE))
-        s->registered[i] = false;
+        s->v[i].registered = false;
     if (!mutate("staging-leak")) {
-        int r = empty_slot(s, i, kind, s->huge[i]);
+        int r = empty_slot(s, i, kind, s->v[i].huge);
         if (r) {
             retire(r);
             return;

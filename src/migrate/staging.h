@@ -33,11 +33,13 @@ void staging_put_unused(enum staging_kind kind, void *slot);
 /* Whether what is at this address stands in an outbound slot from which a child of fork is still to get pages: it may be copied, not
  * moved. */
 bool staging_is_kept(const void *slot);
+/* Everything that is to stand in the outbound slot has come. */
+void staging_filled(struct mm *mm, const void *slot);
 /*
- * False: addr is not in an outbound slot. It was touched by mlockall(MCL_CURRENT) of the program: nobody else touches what is missing
- * there. Of a slot that is not in use the page is filled, and found when the slot is next got. In one that is in use the touch is left
- * asleep, until the slot is unregistered: what stood there would be taken for a page of the program. Called by the reader, with no
- * locks.
+ * False: addr is not in an outbound slot. A missing page of one was touched: by mlockall(MCL_CURRENT) of the program; or by a copy out of the
+ * slot, of a page that the program had freed lazily (MADV_FREE keeps it clean when it is moved) and that the kernel has reclaimed since.
+ * It is filled with zeros, which is what such a page reads as; but not while the slot is being filled: what stood there would be taken for
+ * a page of the program. The touch is left asleep until staging_filled(), or until the slot is unregistered, then. Called by the reader, with no locks.
  */
 bool staging_touched(struct mm *mm, uintptr_t addr);
 /* Accounting of pages in slots, for hmm_stats(). */

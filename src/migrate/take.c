@@ -118,14 +118,9 @@ static int take_run(struct take *t, unsigned i, unsigned n, bool zero)
     while (i < end) {
         char *to = (char *)t->f->staging + page_bytes(i);
         int64_t r = os->uffd_move(t->mm->uffd.fd, (uintptr_t)to, block_addr(t->b, i), page_bytes(end - i));
-        if (r == (int64_t)page_bytes(end - i) && !zero) {
+        if (r == (int64_t)page_bytes(end - i) && (!zero || mutate("zero-seen"))) {
             for (; i < end; i++)
-                take_one(t, i, FLIGHT_COPY, TAKE_TAKEN);
-            return 0;
-        }
-        if (r == (int64_t)page_bytes(end - i) && mutate("zero-seen")) {
-            for (; i < end; i++)
-                take_one(t, i, FLIGHT_CLEAR, TAKE_TAKEN);
+                take_one(t, i, zero ? FLIGHT_CLEAR : FLIGHT_COPY, TAKE_TAKEN);
             return 0;
         }
         unsigned stuck = believe_slot(t, i, end - i);
@@ -146,6 +141,12 @@ static int take_run(struct take *t, unsigned i, unsigned n, bool zero)
     return 0;
 }
 
+/* Zero pages go one half of a block at a time: some kernels corrupt the huge zero page when it is moved as one (docs/kernel-facts.md). */
+static unsigned run_max(bool zero)
+{
+    return zero ? block_pages() / 2 : block_pages();
+}
+
 /* The WANTED sub-runs of a scanned region. */
 static int take_region(struct take *t, const struct os_region *v)
 {
@@ -155,7 +156,7 @@ static int take_region(struct take *t, const struct os_region *v)
         t->f->huge = true; /* confirmed when all of it was taken */
     for (unsigned i = block_index(v->start); i < end;) {
         unsigned n = 0;
-        while (i + n < end && t->pages[i + n] == TAKE_WANTED)
+        while (i + n < end && n < run_max(zero) && t->pages[i + n] == TAKE_WANTED)
             n++;
         if (n) {
             int r = take_run(t, i, n, zero);
@@ -245,12 +246,12 @@ static void forget_foreign(struct take *t)
     }
 }
 
-void take_refuse(const struct flight *f, uint8_t *pages, uintptr_t start, uintptr_t end)
+void take_refuse(const struct flight *f, uint8_t *pages, uintptr_t start, uintptr_t end, enum take_page as)
 {
     uintptr_t stop = f->base + page_bytes(f->end);
     for (uintptr_t a = start; a < end && a < stop; a += os_page_size())
         if (pages[block_index(a)] == TAKE_WANTED)
-            pages[block_index(a)] = TAKE_UNMOVABLE;
+            pages[block_index(a)] = as;
 }
 
 /* How far the region reaches in which pages may be away from `at` on; at: it does not. */
@@ -290,9 +291,9 @@ static int take_armed(struct take *t, uintptr_t start, uintptr_t end)
         if (stop == at)
             return -ENXIO;
         enum mm_dropping dropping = mm_dropping(t->mm, at, &stop);
-        int r = dropping == DROPPING_SOON   ? -EAGAIN
-                : dropping == DROPPING_LATE ? leave_present(t, at, stop)
-                                            : take_part(t, at, stop);
+        int r = dropping == DROPPING_SOON ? -EAGAIN : dropping == DROPPING_LATE ? leave_present(t, at, stop) : 0;
+        if (!r)
+            r = take_part(t, at, stop);
         if (r)
             return r;
     }

@@ -31,8 +31,8 @@ int take_survey(struct mm *mm, struct hmm_device *dev, struct window w, const st
  * the page at *unarmed is in no region that is proved; mm_arm() or take_refuse() it, and call again. -ENOMEM.
  */
 int take_pages(struct mm *mm, struct flight *f, const struct tcb_list *tcbs, uint8_t *pages, uintptr_t *unarmed);
-/* The WANTED pages of [start, end) cannot be registered: they are UNMOVABLE. */
-void take_refuse(const struct flight *f, uint8_t *pages, uintptr_t start, uintptr_t end);
+/* The WANTED pages of [start, end) cannot be registered: they are UNMOVABLE, or BUSY where that may change. */
+void take_refuse(const struct flight *f, uint8_t *pages, uintptr_t start, uintptr_t end, enum take_page as);
 /* Which pages of f are PINNED, for take_unshare(). False: none. */
 bool take_find_shared(const struct flight *f, const uint8_t *pages, uint64_t *shared);
 /* Breaks copy-on-write sharing of these pages of the block (after fork). No locks, and no flight of the caller is in the air; may fault. */

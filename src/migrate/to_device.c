@@ -147,7 +147,7 @@ static int arm(struct mm *mm, struct flight *f, const struct tcb_list *tcbs, uin
     int r = mm_arm(mm, at, tcbs, &part_end);
     if (r == 0 || r == -EAGAIN)
         return r;
-    take_refuse(f, pages, at, part_end);
+    take_refuse(f, pages, at, part_end, r == -ENOMEM ? TAKE_BUSY : TAKE_UNMOVABLE);
     return 0;
 }
 
@@ -231,6 +231,7 @@ int depart_to_device(struct mm *mm, struct flight *f, struct hmm_device *dev, st
     if (r)
         return r;
     r = take_all(mm, f, tcbs, pages, obstacle);
+    staging_filled(mm, f->staging);
     f->staged = count_how(f, FLIGHT_COPY);
     flight_departed(mm, f, f->staged + count_how(f, FLIGHT_CLEAR));
     f->huge = f->huge && f->staged == block_pages();

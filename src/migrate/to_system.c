@@ -83,7 +83,10 @@ static int quiesce(struct mm *mm, struct flight *f, enum landing how)
         if (r)
             return r;
     }
-    mm_remaps_wait(mm);
+    if (how >= LAND_FOR_FAULT)
+        mm_remaps_wait(mm);
+    else if (__atomic_load_n(&mm->remaps_pending, __ATOMIC_SEQ_CST)) /* one that came meanwhile */
+        return -EAGAIN;
     return 0;
 }
 

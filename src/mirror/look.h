@@ -18,7 +18,8 @@
 struct look {
     struct hmm_device *dev;
     struct hmm_fault_range *range;
-    bool kept; /* requests are in the words, at PFN_KEPT, and stay there */
+    uintptr_t at; /* how far it came: for messages */
+    bool kept;    /* requests are in the words, at PFN_KEPT, and stay there */
     /* Of all answers of the last look_at_mapping(): these bits. Without one of VALID or WRITE, some page lacks it. */
     uint64_t common;
     struct os_vma vma; /* look_at_device(): the mapping that was asked for last */

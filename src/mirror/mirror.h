@@ -21,8 +21,8 @@ int mirror_range_fault_timeout(struct hmm_device *dev, struct hmm_fault_range *r
 extern bool (*mirror_foreign)(void);
 /* The device is lost: its mirrors are released, soon. Any thread; does not block. */
 void mirrors_lost(struct hmm_device *dev);
-/* The device is being closed: its mirrors are released. Returns 0, when all releases have returned, which may be never: library thread. */
-int mirrors_release(struct hmm_device *dev);
+/* The device is being closed: its mirrors are released. Returns when all releases have, which may be never: library thread. */
+void mirrors_release(struct hmm_device *dev);
 /* Which release that is, in words; false: none runs. Does not block. */
 bool mirrors_releasing(const struct hmm_device *dev, char *buf, size_t size);
 /* Unregisters what the driver's close() left behind. */

@@ -8,19 +8,22 @@
 #include "mirror/table.h"
 
 #include <errno.h>
+#include <stdio.h>
 
+#include "base/alloc.h"
 #include "base/error.h"
 #include "debug/inject.h"
+#include "notifier/running.h"
 
 #define RESOLVE_TRIES 8 /* then the bus, which is right at any time */
 #define FILL_TRIES 16
-#define DIR_PAGES_MAX (HMM_MIRROR_DIR / 4096)
 
 /* ---- entries; caller holds d->lock ------------------------------------------------------------------------------------- */
 
 void mirror_set_entry(struct hmm_mirror_dir *d, unsigned i, uint64_t e)
 {
     uint64_t old = d->entry[i];
+    d->used += !!e - !!old;
     d->valid += !!(e & HMM_MIRROR_VALID) - !!(old & HMM_MIRROR_VALID);
     uint32_t dirty = d->dirty + !!(e & HMM_MIRROR_DIRTY) - !!(old & HMM_MIRROR_DIRTY);
     __atomic_store_n(&d->dirty, dirty, __ATOMIC_RELAXED);
@@ -30,10 +33,10 @@ void mirror_set_entry(struct hmm_mirror_dir *d, unsigned i, uint64_t e)
 void mirror_empty(struct hmm_mirror_dir *d, uintptr_t start, uintptr_t end, uint64_t keep)
 {
     unsigned i, last;
-    for (mirror_clip(d, start, end, &i, &last); i < last; i++) {
+    for (mirror_clip(d, start, end, &i, &last); i < last && d->used; i++) {
         uint64_t e = d->entry[i];
         if (e)
-            mirror_set_entry(d, i, e & (keep | (e & ENTRY_MAPPED ? ENTRY_MAPPED | HMM_PFN_MASK : 0)));
+            mirror_set_entry(d, i, e & (keep | (e & ENTRY_MAPPED ? ENTRY_MAPPED | HMM_MIRROR_DEVICE | HMM_PFN_MASK : 0)));
     }
 }
 
@@ -81,10 +84,24 @@ static uint64_t page_of(const struct hmm_mirror_dir *d, unsigned i)
     return e & ENTRY_MAPPED ? d->origin[i] : e & (HMM_MIRROR_DEVICE | HMM_PFN_MASK);
 }
 
+/*
+ * What is mapped, and was not invalidated, stays, whatever core says now: runs of it are current, and the device may be using them. Core
+ * may say something else of a page of system memory that came to this device, which its process address still reaches; and of one that
+ * is about to leave, before the invalidation begins.
+ */
+static bool stays(const struct hmm_mirror_dir *d, unsigned i, uint64_t pfn, uint64_t seq)
+{
+    uint64_t e = d->entry[i], page = pfn & HMM_PFN_VALID ? pfn & (HMM_MIRROR_DEVICE | HMM_PFN_MASK) : UINT64_MAX;
+    return e & HMM_MIRROR_VALID && e & ENTRY_MAPPED && d->current && d->filled == seq && page_of(d, i) != page &&
+           !mutate("mirror-stays");
+}
+
 static void install(struct hmm_mirror_dir *d, const uint64_t *pfns, uint64_t seq)
 {
     for (unsigned i = 0; i < block_pages(); i++) {
         uint64_t old = d->entry[i], e = old & HMM_MIRROR_DIRTY;
+        if (stays(d, i, pfns[i], seq))
+            continue;
         if (pfns[i] & HMM_PFN_VALID) {
             e |= pfns[i] & (ENTRY_RIGHTS | HMM_PFN_MASK);
             if (old & HMM_MIRROR_VALID && page_of(d, i) == (e & (HMM_MIRROR_DEVICE | HMM_PFN_MASK)))
@@ -109,9 +126,8 @@ static void wait_unchanging(struct hmm_mirror_dir *d)
     mutex_unlock(&d->lock);
 }
 
-int mirror_fill(struct hmm_mirror_dir *d)
+static int fill(struct hmm_mirror_dir *d, uint64_t *pfns)
 {
-    uint64_t pfns[DIR_PAGES_MAX];
     for (unsigned i = 0; i < FILL_TRIES; i++) {
         wait_unchanging(d);
         uint64_t seq = hmm_notifier_read_begin(&d->notifier);
@@ -142,6 +158,16 @@ int mirror_fill(struct hmm_mirror_dir *d)
             return 0;
     }
     return -EAGAIN;
+}
+
+int mirror_fill(struct hmm_mirror_dir *d)
+{
+    uint64_t *pfns = mem_alloc(DIR_PAGES_MAX * sizeof(*pfns));
+    if (!pfns)
+        return hmm_fail(-ENOMEM, "mirror '%s': no memory to read a directory", d->m->ops.name);
+    int r = fill(d, pfns);
+    mem_free(pfns, DIR_PAGES_MAX * sizeof(*pfns));
+    return r;
 }
 
 /* ---- looking up -------------------------------------------------------------------------------------------------- */
@@ -189,6 +215,7 @@ static enum look look(struct hmm_mirror_dir *d, uintptr_t addr, bool write, stru
     unsigned at = block_index(addr);
     uint32_t gate = __atomic_load_n(d->m->dev->mm->gate, __ATOMIC_SEQ_CST); /* before the sequence number */
     enum look found = LOOK_STALE;
+    struct hmm_mirror_run answer;
     mutex_lock(&d->lock);
     if (!d->current || d->changing || d->filled != hmm_notifier_seq(&d->notifier))
         goto unlock;
@@ -198,10 +225,12 @@ static enum look look(struct hmm_mirror_dir *d, uintptr_t addr, bool write, stru
         goto unlock;
     if (write && d->m->flags & HMM_MIRROR_TRACK_DIRTY && !mutate("mirror-dirty-mark"))
         mirror_set_entry(d, at, e | HMM_MIRROR_DIRTY);
-    make_run(d, at, write, gate, run);
+    make_run(d, at, write, gate, &answer);
     found = LOOK_FOUND;
 unlock:
     mutex_unlock(&d->lock);
+    if (found == LOOK_FOUND)
+        *run = answer;
     return found;
 }
 
@@ -226,7 +255,13 @@ static int fault(struct hmm_mirror_dir *d, uintptr_t addr, unsigned flags)
     struct hmm_mirror *m = d->m;
     if (m->flags & HMM_MIRROR_SYSTEM)
         return fault_system(d, addr, flags);
-    return m->ops.fault ? m->ops.fault(m->priv, addr, flags) : mirror_device_fault(m->dev, addr, flags);
+    if (!m->ops.fault)
+        return mirror_device_fault(m->dev, addr, flags);
+    struct mirror_inside inside;
+    mirror_inside_begin(&inside, m);
+    int r = m->ops.fault(m->priv, addr, flags);
+    mirror_inside_end(&inside);
+    return r;
 }
 
 /* No translation: 1 or the error; 0: found. Caller uses d. */
@@ -279,24 +314,18 @@ int hmm_mirror_lookup(struct hmm_mirror *m, uintptr_t addr, unsigned flags, stru
 
 /* ---- invalidation ------------------------------------------------------------------------------------------------ */
 
-/* Asks the driver. Only -EAGAIN, where it may be, counts; anything else is a bug of the driver's, and is not passed on. */
+/* Asks the driver. */
 static int tell(struct hmm_mirror *m, const struct hmm_mirror_change *change)
 {
-    const struct hmm_event *event = change->event;
-    bool may_refuse = !event->blockable || event->brief;
     struct mirror_inside inside;
+    char who[128];
     mirror_inside_begin(&inside, m);
     int r = m->ops.invalidate(m->priv, change);
     mirror_inside_end(&inside);
-    if (!r || (r == -EAGAIN && may_refuse))
+    if (answer_is_right(change->event, r))
         return r;
-    hmm_log(HMM_LOG_ERROR, "mirror: invalidate %p of %s returned %d for [%#lx, %#lx), %s; it must %s; taken as done",
-            (void *)(uintptr_t)m->ops.invalidate, m->ops.name, r, (unsigned long)change->start, (unsigned long)change->end,
-            event->brief       ? "brief"
-            : event->blockable ? "blockable"
-                               : "not blockable",
-            may_refuse ? "return 0 or -EAGAIN" : "return 0");
-    return 0;
+    snprintf(who, sizeof(who), "invalidate %p of the mirror '%s'", (void *)(uintptr_t)m->ops.invalidate, m->ops.name);
+    return answer_is_wrong(change->event, r, who);
 }
 
 /* Locks d, or says -EAGAIN where it must not wait. */

@@ -200,11 +200,10 @@ void mirrors_lost(struct hmm_device *dev)
     mutex_unlock(&mirrors.lock);
 }
 
-int mirrors_release(struct hmm_device *dev)
+void mirrors_release(struct hmm_device *dev)
 {
     for (struct hmm_mirror *m = next_of(dev, NULL); m; m = next_of(dev, m))
         release_once(m);
-    return 0;
 }
 
 bool mirrors_releasing(const struct hmm_device *dev, char *buf, size_t size)

@@ -8,6 +8,7 @@
  */
 #include <errno.h>
 
+#include "base/error.h"
 #include "debug/inject.h"
 #include "migrate/migrate.h"
 #include "mirror/look.h"
@@ -143,8 +144,17 @@ static int bring(const struct look *l, const struct os_vma *vma, uintptr_t addr,
 
 /* ---- one mapping ---- */
 
-/* Makes changes of the mapping known to notifiers, as far as that goes; *end shrinks to where the answer holds. 0 also for memory that only
- * the wrappers watch. */
+static bool is_watched(struct mm *mm, uintptr_t addr)
+{
+    rwlock_read_lock(&mm->as);
+    const struct region *g = region_find(&mm->regions, addr);
+    bool watched = g && g->state == REGION_PROVED;
+    rwlock_read_unlock(&mm->as);
+    return watched;
+}
+
+/* Makes changes of the mapping known to notifiers, as far as that goes; *end shrinks to where the answer holds. 0: they are; -EOPNOTSUPP: only
+ * the wrappers tell. */
 static int watch(const struct look *l, uintptr_t addr, uintptr_t *end)
 {
     struct mm *mm = l->dev->mm;
@@ -161,9 +171,29 @@ static int watch(const struct look *l, uintptr_t addr, uintptr_t *end)
         if (r && r != -EOPNOTSUPP && r != -EBUSY)
             return r;
         *end = part_end;
-        return 0;
+        return r ? -EOPNOTSUPP : 0;
     }
     return mutate("range-watch") ? 0 : -EBUSY;
+}
+
+/* Until somebody told of it, the mapping may have become another one, unseen. */
+static int look_again(const struct look *l, const struct os_vma *seen, uintptr_t addr, uintptr_t end)
+{
+    struct os_vma now;
+    int r = os->vma_query(l->dev->mm->maps_fd, addr, &now);
+    bool same = !r && now.start <= addr && now.end >= end && now.read == seen->read && now.write == seen->write &&
+                now.shared == seen->shared && now.anonymous == seen->anonymous && now.special == seen->special &&
+                now.page_size == seen->page_size;
+    return same || mutate("range-registered") ? 0 : -EAGAIN;
+}
+
+/* Nobody changes the mapping from now on without the notifier being told, where that can be had. */
+static int settle(const struct look *l, const struct os_vma *vma, uintptr_t addr, uintptr_t *end, bool watched)
+{
+    int r = watch(l, addr, end);
+    if (r == -EOPNOTSUPP)
+        return 0;
+    return r || watched ? r : look_again(l, vma, addr, *end);
 }
 
 /* [start, end) has no page that a device could have. */
@@ -179,7 +209,9 @@ static int refuse(const struct look *l, uintptr_t start, uintptr_t end)
 static int step(struct look *l, uintptr_t *at)
 {
     struct os_vma vma;
+    l->at = *at;
     uintptr_t start = *at, end = l->range->end - start < WINDOW ? l->range->end : start + WINDOW;
+    bool watched = is_watched(l->dev->mm, start); /* before the mapping is looked at */
     int r = os->vma_query(l->dev->mm->maps_fd, start, &vma);
     if (r && r != -ENOENT)
         return r;
@@ -192,12 +224,13 @@ static int step(struct look *l, uintptr_t *at)
         *at = end;
         return refuse(l, start, end);
     }
-    r = watch(l, start, &end);
+    SEQ_POINT("range-queried");
+    r = settle(l, &vma, start, &end, watched);
     SEQ_POINT("range-watched");
     r = r ? r : look_at_mapping(l, &vma, start, end);
     if (r)
         return r == -EAGAIN ? 0 : r;
-    *at = first_needy(l, start, end);
+    l->at = *at = first_needy(l, start, end);
     SEQ_POINT("range-looked");
     return *at < end ? bring(l, &vma, *at, end) : 0;
 }
@@ -246,6 +279,23 @@ static int check(const struct hmm_device *dev, const struct hmm_fault_range *r)
     return 0;
 }
 
+static int explain(const struct look *l, int r)
+{
+    unsigned long at = l->at, start = l->range->start, end = l->range->end;
+    switch (r) {
+    case 0: return 0;
+    case -EBUSY:
+        return hmm_fail(
+            r, "hmm_range_fault: [%#lx, %#lx) changed meanwhile, or a page there is not to be had now; read_begin, and again",
+            start, end);
+    case -EFAULT:
+        return hmm_fail(r, "hmm_range_fault: from %#lx on there is no page to read: nothing is mapped, or no right to it", at);
+    case -EPERM: return hmm_fail(r, "hmm_range_fault: %#lx is mapped read-only; ask without HMM_PFN_REQ_WRITE", at);
+    case -EHWPOISON: return hmm_fail(r, "hmm_range_fault: the only copy of the page at %#lx was lost with a device", at);
+    default: return hmm_fail(r, "hmm_range_fault: at %#lx: %s", at, hmm_strerror(r));
+    }
+}
+
 int mirror_range_fault(struct hmm_device *dev, struct hmm_fault_range *range)
 {
     struct look l = {.dev = dev, .range = range};
@@ -259,7 +309,17 @@ int mirror_range_fault(struct hmm_device *dev, struct hmm_fault_range *range)
         r = -EBUSY;
     give_requests_back(&l, r != 0);
     SEQ_POINT("snapshot-taken");
-    return r;
+    return explain(&l, r);
+}
+
+/* After -EBUSY. Where nothing was invalidated a page is not to be had now (pinned on another device), and will not be at once. */
+static void pause_a_little(const struct hmm_device *dev, const struct hmm_fault_range *range, unsigned *tries)
+{
+    bool changed = !range->notifier_seq || hmm_notifier_read_retry(range->notifier, range->notifier_seq);
+    if (changed)
+        *tries = 0;
+    else if (!mutate("range-pause"))
+        mm_backoff(dev->mm, (*tries)++);
 }
 
 int mirror_range_fault_timeout(struct hmm_device *dev, struct hmm_fault_range *range, int64_t timeout_ns)
@@ -268,14 +328,18 @@ int mirror_range_fault_timeout(struct hmm_device *dev, struct hmm_fault_range *r
     int r = check(dev, range);
     if (r)
         return r;
+    unsigned tries = 0;
     for (int64_t left = timeout_ns;;) {
         range->notifier_seq = notifier_read_begin_timeout(&dev->mm->notifiers, range->notifier, left);
         r = range->notifier_seq ? mirror_range_fault(dev, range) : -EBUSY;
         if (r != -EBUSY)
             return r;
+        pause_a_little(dev, range, &tries);
         left = timeout_ns < 0 ? -1 : (int64_t)(deadline - os_now());
         if (timeout_ns >= 0 && left <= 0)
-            return -ETIMEDOUT;
+            return hmm_fail(-ETIMEDOUT,
+                            "hmm_range_fault: [%#lx, %#lx) did not stay as it is for %lld ms; ask again, or for less",
+                            (unsigned long)range->start, (unsigned long)range->end, (long long)(timeout_ns / 1000000));
         r = check(dev, range); /* it may have been removed */
         if (r)
             return r;

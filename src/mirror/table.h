@@ -24,7 +24,9 @@
  * anything of it; and when the mirror itself has the device let go (collect, discard, the end). A device that looks at it after it has
  * made its use visible is either seen by that question or finds that it has moved.
  *
- * Locks. None is held across an operation of the driver but the DMA hooks, which run under the directory's.
+ * Locks. None is held across an operation of the driver but the DMA hooks, which run under the directory's. Nothing of the caller's is
+ * touched under one: it may be away, and who brings it home asks this mirror to let go of it. So answers are gathered in a few words of
+ * the stack, or in memory of ours.
  *
  *   the turn          which directories exist: not a mutex, because its holder inserts and removes notifiers, and asks the driver.
  *                     Nothing that an invalidate() waits for may wait for it
@@ -45,6 +47,8 @@
 #define ENTRY_REFUSED (1ull << 56) /* by dma_map() */
 #define ENTRY_RIGHTS (HMM_MIRROR_VALID | HMM_MIRROR_WRITE | HMM_MIRROR_DEVICE)
 
+#define DIR_PAGES_MAX (HMM_MIRROR_DIR / 4096)
+
 struct hmm_mirror_dir {
     struct hmm_notifier notifier; /* in the tree exactly while the directory has a range */
     struct hmm_mirror *m;
@@ -59,7 +63,8 @@ struct hmm_mirror_dir {
     struct mutex lock;           /* what follows */
     uint64_t filled;             /* sequence number at which the entries were read */
     uint32_t valid;              /* entries that are */
-    uint32_t changing;           /* the mirror has the device let go: nothing is handed out or filled */
+    uint32_t used;               /* entries that are not 0 */
+    uint32_t changing;           /* the mirror has the device let go: nothing is filled, nor handed out as current */
     uint32_t changed, waiters;   /* futex: changing became 0, if anybody waits */
     bool current;                /* filled means something */
     uint64_t *origin;            /* with DMA hooks: page numbers, of entries that are mapped; else NULL */

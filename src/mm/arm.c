@@ -12,8 +12,11 @@
 
 #include "debug/inject.h"
 #include "mm/arm.h"
-#include "mm/thread.h"
 #include "os/own.h"
+
+#define SAY_EVERY_NS 10000000000ull
+#define REFUSED_NS 3000000000ull     /* a registration that is refused for so long is reported */
+#define REFUSED_GAP_NS 1000000000ull /* what was not tried for so long was not refused meanwhile */
 
 void tcb_list_read(struct tcb_list *list)
 {
@@ -121,10 +124,11 @@ enum arm_verdict mm_verdict(struct mm *mm, uintptr_t addr, uintptr_t end, const 
  * page is there; ENOENT: it is not; EAGAIN: an event is pending. Where it succeeds, an absent page became a zero page: the same to
  * the program. WP: taking write-protection from a page that has none says the same.
  */
-static int prove_registered(struct mm *mm, const struct region *g, uintptr_t probe)
+static int prove_registered(struct mm *mm, const struct region *g, uintptr_t probe, size_t page_size)
 {
-    if (!g->missing) {
-        int r = os->uffd_watched(mm->uffd.fd, probe, os_page_size());
+    if (!g->missing) { /* of hugetlb memory the kernel answers for whole pages only */
+        size_t len = page_size > os_page_size() && !mutate("watch-huge") ? page_size : os_page_size();
+        int r = os->uffd_watched(mm->uffd.fd, probe & ~(uintptr_t)(len - 1), len);
         return r == -ENOENT ? -EAGAIN : r;
     }
     for (uintptr_t at = probe; at < g->end; at += os_page_size()) {
@@ -133,7 +137,7 @@ static int prove_registered(struct mm *mm, const struct region *g, uintptr_t pro
             continue; /* missing on purpose: not to be filled */
         int64_t r = os->uffd_zeropage(mm->uffd.fd, at, os_page_size());
         if (r > 0)
-            mm_dropped(mm, at, at + os_page_size());
+            mm_dropped(mm, at, at + os_page_size(), UINT64_MAX);
         return r > 0 || r == -EEXIST ? 0 : r == -EAGAIN || r == -ENOENT ? -EAGAIN : (int)r;
     }
     return 0;
@@ -156,7 +160,7 @@ static int prove(struct mm *mm, const struct region *g, uintptr_t probe)
         return 0;
     if (os->vma_query(mm->maps_fd, g->start, &vma) || vma.start > g->start || vma.end < g->end)
         return -EAGAIN;
-    return prove_registered(mm, g, probe);
+    return prove_registered(mm, g, probe, vma.page_size);
 }
 
 /* What of the part is in no region, and may be registered now, is to be heeded: a REMOVE of it may be read whose caller has still to drop the
@@ -172,12 +176,23 @@ static void heed_gaps(struct mm *mm, struct range part, bool missing)
     }
 }
 
+/* The part was marked and is not armed: what the program has marked itself stays so, and what is managed stays marked. */
+static void undo_hide(struct mm *mm, struct range part, bool missing)
+{
+    if (!missing && !mutate("keep-mark"))
+        return;
+    region_show(mm, part.start, part.end);
+    hide_managed(mm, part.start, part.end);
+    if (!region_first_missing(mm, part.start, part.end))
+        region_cut(&mm->kept, part.start, part.end);
+}
+
 /*
  * Registers a part of one mapping as one region, whatever the tree says of it: where no event is pending, neither before nor when its
  * registration is proved, nothing is still to come of what stood there. So a mapping is never split, which would be for good if its parts
  * get pages before they are alike again. Until it is proved the tree says what it said. The lock is held throughout: no event is read.
  */
-static int establish(struct mm *mm, struct range part, uintptr_t probe, bool missing)
+static int establish(struct mm *mm, struct range part, uintptr_t probe, bool missing, const struct hide_look *look)
 {
     struct region whole = {.start = part.start, .end = part.end, .missing = missing, .state = REGION_PROVED};
     if (mm->forking)
@@ -186,18 +201,26 @@ static int establish(struct mm *mm, struct range part, uintptr_t probe, bool mis
     if (os->uffd_pending(mm->uffd.fd) > 0 && !mutate("arm-split"))
         return -EAGAIN;
     int r = region_register(mm, part.start, part.end, missing);
+    if (r == -EPERM) /* shared memory that the program may never write */
+        r = -EINVAL;
     if (r == -EINVAL || r == -EBUSY)
         return r; /* nothing was registered */
+    if (r) {
+        heed_gaps(mm, part, missing);
+        return r;
+    }
+    if (missing && !mutate("keep-mark")) /* before it is marked: else the mark would be lost where the proof fails */
+        hide_note(mm, part.start, part.end, look);
     /* Before the proof: a mapping that is remapped meanwhile takes its mark with it, and is told of. Why that failed the proof knows better. */
-    int hidden = r ? 0 : region_hide(mm, &whole);
-    if (!r)
-        r = prove(mm, &whole, probe);
+    int hidden = region_hide(mm, &whole);
+    r = prove(mm, &whole, probe);
     if (!r)
         r = hidden;
     if (r) {
-        region_show(mm, part.start, part.end);
-        hide_managed(mm, part.start, part.end);
         heed_gaps(mm, part, missing);
+        undo_hide(mm, part, missing);
+        if (!missing && os->uffd_pending(mm->uffd.fd) > 0 && !mutate("watch-again"))
+            region_take_again(mm, part.start, part.end);
         return r;
     }
     region_cut(&mm->regions, part.start, part.end);
@@ -205,12 +228,12 @@ static int establish(struct mm *mm, struct range part, uintptr_t probe, bool mis
     return 0;
 }
 
-static bool any_missing(struct mm *mm, struct range part)
+const struct region *region_first_missing(struct mm *mm, uintptr_t start, uintptr_t end)
 {
-    const struct region *g = region_next(&mm->regions, part.start);
-    while (g && g->start < part.end && !g->missing)
+    const struct region *g = region_next(&mm->regions, start);
+    while (g && g->start < end && !g->missing)
         g = region_next(&mm->regions, g->end);
-    return g && g->start < part.end;
+    return g && g->start < end ? g : NULL;
 }
 
 /* Cuts r down to what is not in a region, or to the region of addr. */
@@ -250,7 +273,7 @@ static struct range user_mode_part(const struct mm *mm, struct range r, uintptr_
     return r;
 }
 
-int region_arm(struct mm *mm, uintptr_t addr, const struct tcb_list *tcbs, uintptr_t *part_end)
+int region_arm(struct mm *mm, uintptr_t addr, const struct tcb_list *tcbs, const struct hide_look *look, uintptr_t *part_end)
 {
     struct os_vma vma;
     struct range r;
@@ -262,7 +285,23 @@ int region_arm(struct mm *mm, uintptr_t addr, const struct tcb_list *tcbs, uintp
         return -EAGAIN; /* it changed: its verdict is asked for again */
     r = user_mode_part(mm, r, addr);
     *part_end = r.end;
-    return establish(mm, r, addr, true);
+    return establish(mm, r, addr, true, look);
+}
+
+/* No locks held. */
+static void too_many_mappings(uintptr_t addr)
+{
+    static uint64_t said;
+    uint64_t before = __atomic_load_n(&said, __ATOMIC_RELAXED), now = os_now();
+    char most[32] = "unknown";
+    if ((before && now - before < SAY_EVERY_NS) ||
+        !__atomic_compare_exchange_n(&said, &before, now, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+        return;
+    os->read_text("/proc/sys/vm/max_map_count", most, sizeof(most));
+    hmm_log(HMM_LOG_WARNING,
+            "memory at %#lx cannot be registered and stays where it is: too many mappings, or no memory (sysctl "
+            "vm.max_map_count is %s: raise it)",
+            (unsigned long)addr, most);
 }
 
 int mm_arm(struct mm *mm, uintptr_t addr, const struct tcb_list *tcbs, uintptr_t *part_end)
@@ -271,10 +310,10 @@ int mm_arm(struct mm *mm, uintptr_t addr, const struct tcb_list *tcbs, uintptr_t
     bool is_kept = hide_look(mm, addr, &look);
     *part_end = addr + os_page_size();
     rwlock_write_lock(&mm->as);
-    int r = is_kept && hide_is_old(mm, &look) ? -EAGAIN : region_arm(mm, addr, tcbs, part_end);
-    if (!r && is_kept)
-        hide_note(mm, addr, &look);
+    int r = is_kept && hide_is_old(mm, &look) ? -EAGAIN : region_arm(mm, addr, tcbs, is_kept ? &look : NULL, part_end);
     rwlock_write_unlock(&mm->as);
+    if (r == -ENOMEM)
+        too_many_mappings(addr);
     return r;
 }
 
@@ -289,11 +328,11 @@ static bool is_watched(struct mm *mm, uintptr_t addr, uintptr_t end, uintptr_t *
     return true;
 }
 
-/* What of the mapping may be watched, around addr. A library thread's stack is unmapped when nobody reads events any more. */
+/* What of the mapping may be watched, around addr. */
 static bool watchable_part(const struct os_vma *vma, uintptr_t addr, enum watch_how how, struct range *r)
 {
     *r = (struct range){vma->start, vma->end};
-    if (vma->special || thread_stack_within(vma->start, vma->end))
+    if (vma->special)
         return false;
     if (how == WATCH_FREE && (!vma->anonymous || vma->shared))
         return false;
@@ -320,7 +359,7 @@ static int watch(struct mm *mm, uintptr_t addr, uintptr_t end, enum watch_how ho
     *part_end = r.end < end ? r.end : end;
     if (!can)
         return -EOPNOTSUPP;
-    err = establish(mm, r, addr, any_missing(mm, r));
+    err = establish(mm, r, addr, region_first_missing(mm, r.start, r.end) != NULL, NULL);
     return err == -EINVAL ? -EOPNOTSUPP : err;
 }
 
@@ -334,7 +373,29 @@ int mm_watch(struct mm *mm, uintptr_t addr, uintptr_t end, enum watch_how how, u
     rwlock_write_lock(&mm->as);
     int r = watch(mm, addr, end, how, part_end);
     rwlock_write_unlock(&mm->as);
+    if (r == -ENOMEM)
+        too_many_mappings(addr);
     return r;
+}
+
+/* Its caller tries for as long as it takes: somebody should know. Any thread. */
+static void say_refused(uintptr_t addr, int err)
+{
+    static uint64_t since, last, said;
+    uint64_t now = os_now(), before = __atomic_exchange_n(&last, now, __ATOMIC_RELAXED);
+    if (now > before && now - before > REFUSED_GAP_NS) {
+        __atomic_store_n(&since, now, __ATOMIC_RELAXED);
+        return;
+    }
+    uint64_t when = __atomic_load_n(&said, __ATOMIC_RELAXED);
+    if (now - __atomic_load_n(&since, __ATOMIC_RELAXED) < REFUSED_NS || (when && now - when < SAY_EVERY_NS) ||
+        !__atomic_compare_exchange_n(&said, &when, now, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+        return;
+    hmm_log(HMM_LOG_WARNING, "page %#lx cannot come home: its mapping cannot be registered: %s; trying again (%s)",
+            (unsigned long)addr, hmm_strerror(err),
+            err == -EBUSY    ? "another userfaultfd of the program has it: unregister it there"
+            : err == -ENOMEM ? "raise sysctl vm.max_map_count"
+                             : "memory of another kind stands there");
 }
 
 int mm_register_again(struct mm *mm, uintptr_t addr)
@@ -344,5 +405,8 @@ int mm_register_again(struct mm *mm, uintptr_t addr)
     if (!g || os->vma_query(mm->maps_fd, addr, &vma) || vma.start > addr)
         return -EAGAIN;
     uintptr_t start = vma.start > g->start ? vma.start : g->start, end = vma.end < g->end ? vma.end : g->end;
-    return os->uffd_register(mm->uffd.fd, start, end - start);
+    int r = os->uffd_register(mm->uffd.fd, start, end - start);
+    if (r)
+        say_refused(addr, r);
+    return r;
 }

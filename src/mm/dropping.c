@@ -28,6 +28,12 @@ static bool is_over(const struct dropping *d, uint64_t now)
     return d->start == d->end || now - d->since >= LATE_NS;
 }
 
+/* What is to be said of notes of which one is d. */
+static enum mm_dropping worse(enum mm_dropping found, const struct dropping *d, uint64_t now)
+{
+    return found == DROPPING_SOON || now - d->since < SOON_NS ? DROPPING_SOON : DROPPING_LATE;
+}
+
 /* Where [start, end) grows the least; what is over grows from nothing. */
 static struct dropping *best_for(struct mm *mm, uintptr_t start, uintptr_t end, uint64_t now)
 {
@@ -55,13 +61,13 @@ static void add(struct mm *mm, uintptr_t start, uintptr_t end, uint64_t since, u
     d->since = since > d->since ? since : d->since;
 }
 
-/* Takes [start, end) out of what is noted. */
-static void cut(struct mm *mm, uintptr_t start, uintptr_t end)
+/* Takes [start, end) out of what was noted until then. */
+static void cut(struct mm *mm, uintptr_t start, uintptr_t end, uint64_t until)
 {
     uint64_t now = os_now();
     for (unsigned i = 0; i < DROPPING_MAX; i++) {
         struct dropping *d = &mm->dropping[i], old = *d;
-        if (!meets(d, start, end))
+        if (!meets(d, start, end) || (d->since > until && !mutate("dropped-later")))
             continue;
         d->end = d->start;
         if (old.start < start)
@@ -71,77 +77,94 @@ static void cut(struct mm *mm, uintptr_t start, uintptr_t end)
     }
 }
 
-static bool any(const struct mm *mm, uintptr_t start, uintptr_t end)
+/* Where the first of what is there begins; end: nothing is. Little is looked at behind that: a note may be of gigabytes, and the reader waits. */
+static uintptr_t first_present(struct mm *mm, uintptr_t start, uintptr_t end)
 {
-    uint64_t now = os_now();
-    for (unsigned i = 0; i < DROPPING_MAX; i++)
-        if (meets(&mm->dropping[i], start, end) && !is_over(&mm->dropping[i], now))
-            return true;
-    return false;
+    struct os_region v;
+    uintptr_t walked;
+    for (size_t step = OS_BLOCK_SIZE; start < end; step *= 2) {
+        uintptr_t stop = end - start > step ? start + step : end;
+        int n = os->pagemap_scan(mm->pagemap_fd, start, stop, &v, 1, &walked);
+        if (n)
+            return n > 0 ? v.start : start;
+        start = walked > start ? walked : stop;
+    }
+    return end;
 }
 
-/* What of a note is there lies within [*first, *last). */
-static void look(struct mm *mm, const struct dropping *d, uintptr_t *first, uintptr_t *last)
+/* Behind the last of what is there. */
+static uintptr_t last_present(struct mm *mm, uintptr_t start, uintptr_t end)
 {
-    struct os_region v[32];
-    *first = *last = d->end;
-    for (uintptr_t at = d->start, walked; at < d->end; at = walked) {
-        int n = os->pagemap_scan(mm->pagemap_fd, at, d->end, v, ARRAY_LEN(v), &walked);
-        if (n < 0) {
-            *first = *first < at ? *first : at;
-            *last = d->end;
-            return;
+    for (size_t step = OS_BLOCK_SIZE; start < end; step *= 2) {
+        struct os_region v[32];
+        uintptr_t from = end - start > step ? end - step : start, last = from;
+        for (uintptr_t at = from, walked; at < end; at = walked) {
+            int n = os->pagemap_scan(mm->pagemap_fd, at, end, v, ARRAY_LEN(v), &walked);
+            if (n < 0 || walked <= at)
+                return end;
+            last = n ? v[n - 1].end : last;
         }
-        if (n && *first == d->end)
-            *first = v[0].start;
-        if (n)
-            *last = v[n - 1].end;
+        if (last > from)
+            return last;
+        end = from;
     }
+    return end;
+}
+
+static bool none_noted(const struct mm *mm)
+{
+    uint64_t until = __atomic_load_n(&mm->dropping_until, __ATOMIC_RELAXED);
+    return until == 0 || os_now() >= until;
 }
 
 void dropping_note(struct mm *mm, uintptr_t start, uintptr_t end)
 {
-    uint64_t now = os_now();
+    uint64_t since = mm->read_at ? mm->read_at : os_now();
     mutex_lock(&mm->queue_lock);
-    add(mm, start, end, now, now);
-    __atomic_store_n(&mm->dropping_until, now + LATE_NS, __ATOMIC_RELAXED);
+    add(mm, start, end, since, since);
+    __atomic_store_n(&mm->dropping_until, since + LATE_NS, __ATOMIC_RELAXED);
     mutex_unlock(&mm->queue_lock);
 }
 
-bool dropping_look(struct mm *mm, uintptr_t start, uintptr_t end)
+enum mm_dropping dropping_look(struct mm *mm, uintptr_t start, uintptr_t end)
 {
-    if (!__atomic_load_n(&mm->dropping_until, __ATOMIC_RELAXED))
-        return true;
+    enum mm_dropping found = DROPPING_NOT;
+    if (none_noted(mm))
+        return found;
+    uint64_t now = os_now();
     mutex_lock(&mm->queue_lock);
     for (unsigned i = 0; i < DROPPING_MAX; i++) {
         struct dropping *d = &mm->dropping[i];
         if (!meets(d, start, end))
             continue;
-        uintptr_t first, last;
-        look(mm, d, &first, &last);
-        d->start = first;
-        d->end = last;
+        if (is_over(d, now)) {
+            d->end = d->start;
+            continue;
+        }
+        d->start = first_present(mm, d->start, d->end);
+        d->end = last_present(mm, d->start, d->end);
+        if (meets(d, start, end))
+            found = worse(found, d, now);
     }
-    bool settled = !any(mm, start, end);
     mutex_unlock(&mm->queue_lock);
-    return settled;
+    return found;
 }
 
-void mm_dropped(struct mm *mm, uintptr_t start, uintptr_t end)
+void mm_dropped(struct mm *mm, uintptr_t start, uintptr_t end, uint64_t until)
 {
-    if (!__atomic_load_n(&mm->dropping_until, __ATOMIC_RELAXED))
+    if (none_noted(mm))
         return;
     mutex_lock(&mm->queue_lock);
-    cut(mm, start, end);
+    cut(mm, start, end, until);
     mutex_unlock(&mm->queue_lock);
 }
 
 enum mm_dropping mm_dropping(struct mm *mm, uintptr_t at, uintptr_t *stop)
 {
-    uint64_t until = __atomic_load_n(&mm->dropping_until, __ATOMIC_RELAXED), now = until ? os_now() : 0;
     enum mm_dropping found = DROPPING_NOT;
-    if (now >= until || mutate("take-dropping"))
+    if (none_noted(mm) || mutate("take-dropping"))
         return found;
+    uint64_t now = os_now();
     mutex_lock(&mm->queue_lock);
     for (unsigned i = 0; i < DROPPING_MAX; i++) {
         const struct dropping *d = &mm->dropping[i];
@@ -151,7 +174,7 @@ enum mm_dropping mm_dropping(struct mm *mm, uintptr_t at, uintptr_t *stop)
             *stop = d->start;
             continue;
         }
-        found = now - d->since < SOON_NS ? DROPPING_SOON : found == DROPPING_SOON ? found : DROPPING_LATE;
+        found = worse(found, d, now);
         *stop = d->end < *stop ? d->end : *stop;
     }
     mutex_unlock(&mm->queue_lock);

@@ -207,13 +207,24 @@ static void make_room(struct estate *e)
     e->room = room;
 }
 
+/* Staging slots are counted one by one: a run must not reach from one into the next, which stands beside it. */
+static bool begins_slot(const struct estate_run *run)
+{
+    return !run->pagemap && run->source % OS_BLOCK_SIZE == 0 && !mutate("estate-slots");
+}
+
+static bool continues_run(const struct estate_run *last, const struct estate_run *run)
+{
+    return last->pages && run_end(last) == run->addr && last->pagemap == run->pagemap && last->range == run->range &&
+           source_after(last, last->pages) == run->source && last->pages + run->pages > last->pages && !begins_slot(run);
+}
+
 /* Without a reference. Joined with the last where it continues that one. */
 static void append(struct estate *e, struct estate_run run)
 {
     struct estate_run *last = e->n ? &e->v[e->n - 1] : NULL;
     e->pages += run.pages;
-    if (last && last->pages && run_end(last) == run.addr && last->pagemap == run.pagemap && last->range == run.range &&
-        source_after(last, last->pages) == run.source && last->pages + run.pages > last->pages) {
+    if (last && continues_run(last, &run)) {
         last->pages += run.pages;
         return;
     }
@@ -263,9 +274,9 @@ void estate_add_entries(struct estate *e, uintptr_t start, uintptr_t end)
     lock_assert_held(RANK_AS);
     for (struct block *b = pagetable_next(&e->mm->pt, start, end); b;
          b = pagetable_next(&e->mm->pt, b->base + OS_BLOCK_SIZE, end))
-        for (unsigned i = 0; i < block_pages() && b->used; i++) {
+        for (unsigned i = block_first(b, start); i < block_behind(b, end) && b->used; i++) {
             struct estate_run run = {.addr = block_addr(b, i), .pages = 1, .range = ESTATE_QUIET};
-            if (run.addr < start || run.addr >= end || !source_of(e->mm, block_entry(b, i), &run))
+            if (!source_of(e->mm, block_entry(b, i), &run))
                 continue;
             if (e->capture && run.pagemap) /* what is staged no device writes */
                 run.range = note_range(e->capture, run.addr, run.addr + os_page_size());

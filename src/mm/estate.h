@@ -9,7 +9,8 @@
  * exclusively; a worker then waits for the devices (a range is quiet), and each range ends when no page of it is wanted any more.
  * Shared by the estates of a child and of its children.
  *
- * An estate belongs to one thread at a time, or is written under mm->as exclusively and mm->queue_lock (the attic, process/fork.c).
+ * An estate belongs to one thread at a time, or is written under mm->as exclusively (the attic, process/attic.c), or under that or a lock
+ * of its own (process/window.c).
  */
 #ifndef HMM_MM_ESTATE_H
 #define HMM_MM_ESTATE_H
@@ -50,7 +51,7 @@ struct estate {
     struct estate_run *v;    /* ascending by addr, unless mixed */
     size_t n, room;
     uint64_t pages; /* in all runs */
-    bool mixed;     /* runs are in no order, and several may give one page: the first that can be given counts */
+    bool mixed;     /* runs are in no order; none gives a page that another gives, but in the attic (process/attic.c) */
 };
 
 /* Takes over one reference to the capture, which may be NULL. */

@@ -9,6 +9,8 @@
  */
 #include "mm/event.h"
 
+#include <errno.h>
+
 #include "debug/inject.h"
 #include "mm/arm.h"
 
@@ -30,17 +32,6 @@ static void drop_page(struct mm *mm, struct block *b, unsigned i, struct limbo *
     }
 }
 
-/* First page index of [start, end) in the block, and behind its last. */
-static unsigned first_index(const struct block *b, uintptr_t start)
-{
-    return start <= b->base ? 0 : block_index(start);
-}
-
-static unsigned end_index(const struct block *b, uintptr_t end)
-{
-    return end >= b->base + OS_BLOCK_SIZE ? block_pages() : block_index(end);
-}
-
 static void drop_range(struct mm *mm, uintptr_t start, uintptr_t end, enum hmm_event_type type, bool unmapped)
 {
     struct limbo *l = limbo_filling(mm);
@@ -50,7 +41,7 @@ static void drop_range(struct mm *mm, uintptr_t start, uintptr_t end, enum hmm_e
     if (!mutate("event-mark"))
         limbo_mark(mm, l, start, end, type);
     for (struct block *b = pagetable_next(&mm->pt, start, end); b; b = pagetable_next(&mm->pt, b->base + OS_BLOCK_SIZE, end)) {
-        for (unsigned i = first_index(b, start); i < end_index(b, end) && b->used; i++)
+        for (unsigned i = block_first(b, start); i < block_behind(b, end) && b->used; i++)
             drop_page(mm, b, i, l);
         any = true;
     }
@@ -64,36 +55,86 @@ static void drop_range(struct mm *mm, uintptr_t start, uintptr_t end, enum hmm_e
     limbo_publish(mm, l);
 }
 
-/* A remap onto this range was read before its unmap: that unmap belongs to the old mapping and must not hurt the new one.
- * Returns false when [*start, *end) is used up; may call mm_event_unmap for a part to the right. */
-static bool pay_owed(struct mm *mm, uintptr_t *start, uintptr_t *end)
+static void owe_unmap(struct mm *mm, struct owed owed)
 {
-    for (unsigned i = 0; i < OWED_MAX; i++) {
-        uintptr_t os_ = mm->owed[i].start, oe = mm->owed[i].end;
-        if (os_ == oe || oe <= *start || os_ >= *end)
-            continue;
-        uintptr_t from = os_ > *start ? os_ : *start, to = oe < *end ? oe : *end;
-        mm->owed[i].end = from; /* what is left of the debt: at most two parts */
-        if (to < oe && os_ == from)
-            mm->owed[i].start = to, mm->owed[i].end = oe;
-        else if (to < oe)
-            for (unsigned k = 0; k < OWED_MAX; k++)
-                if (mm->owed[k].start == mm->owed[k].end) {
-                    mm->owed[k].start = to, mm->owed[k].end = oe;
-                    break;
-                }
-        if (to < *end)
-            mm_event_unmap(mm, to, *end);
-        *end = from;
-        return pay_owed(mm, start, end) && *start < *end;
+    mm->owes = true;
+    for (unsigned i = 0; i < OWED_MAX; i++)
+        if (mm->owed[i].start == mm->owed[i].end) {
+            mm->owed[i] = owed;
+            return;
+        }
+    hmm_log(HMM_LOG_ERROR, "more than %d unmaps overtaken by remaps: pages of [%#lx, %#lx) may be dropped", OWED_MAX,
+            (unsigned long)owed.start, (unsigned long)owed.end);
+}
+
+void owed_forget(struct mm *mm)
+{
+    if (!mm->owes || os->uffd_pending(mm->uffd.fd) != 0 || mutate("owed-stale"))
+        return;
+    for (unsigned i = 0; i < OWED_MAX; i++)
+        mm->owed[i].start = mm->owed[i].end = 0;
+    mm->owes = false;
+}
+
+/* Nothing stands there: of what was perhaps never registered, no unmap was owed, and this one is of what came there since. */
+static bool is_empty(struct mm *mm, uintptr_t start, uintptr_t end)
+{
+    struct os_vma vma;
+    int r = os->vma_query(mm->maps_fd, start, &vma);
+    return (r == -ENOENT || (!r && vma.start >= end)) && !mutate("owed-stale");
+}
+
+static struct owed *next_owed(struct mm *mm, uintptr_t start, uintptr_t end)
+{
+    for (unsigned i = 0; i < OWED_MAX && mm->owes && !mutate("owed-unmap"); i++)
+        if (mm->owed[i].start < mm->owed[i].end && mm->owed[i].start < end && start < mm->owed[i].end)
+            return &mm->owed[i];
+    return NULL;
+}
+
+/* A part of an unmap of which another part was owed: the kernel tells of all that was unmapped, also of what was not registered. So at
+ * the target of the remap it is of what stood there before. */
+static void unmap_beside(struct mm *mm, const struct owed *owed, uintptr_t start, uintptr_t end)
+{
+    uintptr_t from = owed->target > start ? owed->target : start, to = owed->target_end < end ? owed->target_end : end;
+    if (from >= to || mutate("owed-beside")) {
+        mm_event_unmap(mm, start, end);
+        return;
     }
-    return *start < *end;
+    if (start < from)
+        mm_event_unmap(mm, start, from);
+    if (to < end)
+        mm_event_unmap(mm, to, end);
+    if (next_owed(mm, from, to) || is_empty(mm, from, to))
+        mm_event_unmap(mm, from, to);
+}
+
+/* A remap was read before this unmap, which belongs to the old mapping and must not hurt the new one. */
+static void pay_owed(struct mm *mm, struct owed *debt, uintptr_t start, uintptr_t end)
+{
+    struct owed owed = *debt, rest = owed;
+    uintptr_t from = owed.start > start ? owed.start : start, to = owed.end < end ? owed.end : end;
+    debt->end = from; /* what is left of it: at most two parts */
+    rest.start = to;
+    if (rest.start < rest.end)
+        owe_unmap(mm, rest);
+    if (owed.maybe && is_empty(mm, from, to)) {
+        mm_event_unmap(mm, start, end);
+        return;
+    }
+    if (start < from)
+        unmap_beside(mm, &owed, start, from);
+    if (to < end)
+        unmap_beside(mm, &owed, to, end);
 }
 
 void mm_event_unmap(struct mm *mm, uintptr_t start, uintptr_t end)
 {
     lock_assert_held(RANK_AS);
-    if (mutate("owed-unmap") || pay_owed(mm, &start, &end))
+    struct owed *debt = next_owed(mm, start, end);
+    if (debt)
+        pay_owed(mm, debt, start, end);
+    else
         drop_range(mm, start, end, HMM_EVENT_UNMAP, true);
 }
 
@@ -101,32 +142,21 @@ void mm_event_unmap(struct mm *mm, uintptr_t start, uintptr_t end)
 void mm_event_remove(struct mm *mm, uintptr_t start, uintptr_t end)
 {
     lock_assert_held(RANK_AS);
-    drop_range(mm, start, end, HMM_EVENT_CLEAR, false);
     dropping_note(mm, start, end);
-    struct limbo *l = limbo_filling(mm);
-    limbo_prune(l, start, end); /* which looks what has become of it */
-    limbo_publish(mm, l);
-}
-
-static void owe_unmap(struct mm *mm, uintptr_t start, uintptr_t end)
-{
-    for (unsigned i = 0; i < OWED_MAX; i++)
-        if (mm->owed[i].start == mm->owed[i].end) {
-            mm->owed[i].start = start;
-            mm->owed[i].end = end;
-            return;
-        }
-    hmm_log(HMM_LOG_ERROR, "more than %d unmaps overtaken by remaps: pages of [%#lx, %#lx) may be dropped", OWED_MAX,
-            (unsigned long)start, (unsigned long)end);
+    drop_range(mm, start, end, HMM_EVENT_CLEAR, false); /* and looks later what has become of it */
 }
 
 /* What is registered at the target of a remap belongs to a mapping whose unmap we have not read yet; also when a remap has taken its
- * pages away, because the unmap of what it leaves is told after it. */
+ * pages away, because the unmap of what it leaves is told after it. Of what is not proved that is not certain. */
 static void clear_target(struct mm *mm, uintptr_t start, uintptr_t end)
 {
     for (struct region *r = region_next(&mm->regions, start); r && r->start < end; r = region_next(&mm->regions, r->end))
-        if (r->state != REGION_UNPROVED)
-            owe_unmap(mm, r->start > start ? r->start : start, r->end < end ? r->end : end);
+        if (r->state != REGION_UNPROVED || !mutate("owed-unproved"))
+            owe_unmap(mm, (struct owed){.start = r->start > start ? r->start : start,
+                                        .end = r->end < end ? r->end : end,
+                                        .target = start,
+                                        .target_end = end,
+                                        .maybe = r->state == REGION_UNPROVED});
     drop_range(mm, start, end, HMM_EVENT_UNMAP, true);
 }
 
@@ -150,7 +180,7 @@ static void move_page(struct mm *mm, struct block *b, unsigned i, uintptr_t to)
 
 static void move_entries(struct mm *mm, struct block *b, uintptr_t from, uintptr_t to, size_t len)
 {
-    for (unsigned i = first_index(b, from); i < end_index(b, from + len) && b->used; i++)
+    for (unsigned i = block_first(b, from); i < block_behind(b, from + len) && b->used; i++)
         if (block_entry(b, i))
             move_page(mm, b, i, block_addr(b, i) - from + to);
 }
@@ -218,14 +248,20 @@ static void apply(struct mm *mm, const struct uffd_msg *m)
     }
 }
 
-/* A fork whose descriptor found no room: its event comes again, and its thread waits. */
+/* Most often a fork whose descriptor found no room: its event comes again, and its thread waits. No locks held. */
 static void wait_for_room(int err)
 {
     static uint64_t said;
     uint64_t now = os_now();
-    if (now - said > 1000000000ull)
-        hmm_log(HMM_LOG_ERROR, "a child of fork cannot be given its memory: %s; trying again (ulimit -n)", hmm_strerror(err));
-    said = now;
+    if (now - said > 1000000000ull) {
+        said = now;
+        if (err == -EMFILE || err == -ENFILE)
+            hmm_log(HMM_LOG_ERROR, "a child of fork cannot be given its memory: %s; trying again (ulimit -n)",
+                    hmm_strerror(err));
+        else
+            hmm_log(HMM_LOG_ERROR, "memory events cannot be read: %s; trying again", hmm_strerror(err));
+    }
+    SEQ_POINT("events-refused");
     os_sleep(10000000);
 }
 
@@ -237,10 +273,10 @@ unsigned mm_read_events(struct mm *mm, struct fault *faults, unsigned max, bool 
     uint32_t gate = __atomic_fetch_add(mm->gate, 1, __ATOMIC_SEQ_CST);
     if (mm->fork)
         mm->fork->reading(mm, true);
+    owed_forget(mm); /* before: an unmap that is owed keeps an event pending until it has been read */
     int n = os->uffd_read(mm->uffd.fd, msgs, want);
     SEQ_POINT("events-read");
-    if (n < 0)
-        wait_for_room(n);
+    mm->read_at = n > 0 ? os_now() : 0;
     uint32_t gate_after = gate; /* nothing but faults: as if nobody had looked */
     for (int i = 0; i < n; i++) {
         if (msgs[i].event != UFFD_EVENT_PAGEFAULT) {
@@ -257,7 +293,10 @@ unsigned mm_read_events(struct mm *mm, struct fault *faults, unsigned max, bool 
     if (mm->fork)
         mm->fork->reading(mm, false);
     __atomic_store_n(mm->gate, gate_after, __ATOMIC_SEQ_CST);
+    mm->read_at = 0;
     rwlock_write_unlock(&mm->as);
+    if (n < 0)
+        wait_for_room(n);
     *more = n == (int)want;
     return nfaults;
 }

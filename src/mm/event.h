@@ -14,9 +14,12 @@ void limbo_prune(struct limbo *l, uintptr_t start, uintptr_t end);
 /* Calls for a worker if there is something to do. */
 void limbo_publish(struct mm *mm, const struct limbo *l);
 
+/* Forgets the unmaps that are owed where no event is pending: none of them is to come. */
+void owed_forget(struct mm *mm);
+
 /* [start, end) is about to be dropped, or freed lazily. */
 void dropping_note(struct mm *mm, uintptr_t start, uintptr_t end);
-/* Forgets of that what is absent. Whether nothing is noted there any more. */
-bool dropping_look(struct mm *mm, uintptr_t start, uintptr_t end);
+/* Forgets of that what is absent, or too long ago. What is still noted there, the latest counting. */
+enum mm_dropping dropping_look(struct mm *mm, uintptr_t start, uintptr_t end);
 
 #endif

@@ -63,37 +63,19 @@ void hide_managed(struct mm *mm, uintptr_t start, uintptr_t end)
         region_hide(mm, g);
 }
 
-/* Whether something of [start, end) is marked, as far as we know. */
-static bool has_marks(struct mm *mm, uintptr_t start, uintptr_t end)
-{
-    const struct region *g = region_next(&mm->regions, start);
-    while (g && g->start < end && !g->missing)
-        g = region_next(&mm->regions, g->end);
-    return g && g->start < end;
-}
-
 void hide_unmapped(struct mm *mm, uintptr_t start, uintptr_t end)
 {
-    if (mm_has_fork_event(mm) || !has_marks(mm, start, end))
+    if (mm_has_fork_event(mm) || !region_first_missing(mm, start, end))
         return;
     region_cut(&mm->kept, start, end);
     os->advise((void *)start, end - start, OS_ADVISE_DOFORK);
 }
 
-void region_give_back(struct mm *mm, uintptr_t start, uintptr_t end)
-{
-    region_show(mm, start, end);
-    region_cut(&mm->kept, start, end); /* the mark stays, and is found again */
-}
-
 /* Whether the mark of the mapping is ours, because a part of it is managed: one that has grown, or of which one was moved. */
 static bool is_ours(struct mm *mm, uintptr_t start, uintptr_t end)
 {
-    const struct region *g = region_next(&mm->regions, start);
-    while (g && g->start < end && !g->missing)
-        g = region_next(&mm->regions, g->end);
-    return g && g->start < end &&
-           !region_any(&mm->kept, g->start, g->end); /* one mapping: what holds for a part of it holds for all */
+    const struct region *g = region_first_missing(mm, start, end);
+    return g && !region_any(&mm->kept, g->start, g->end); /* one mapping: what holds for a part of it holds for all */
 }
 
 bool hide_look(struct mm *mm, uintptr_t addr, struct hide_look *look)
@@ -118,12 +100,15 @@ bool hide_is_old(const struct mm *mm, const struct hide_look *look)
     return look->inserted != mm->regions.inserted;
 }
 
-void hide_note(struct mm *mm, uintptr_t addr, const struct hide_look *look)
+void hide_note(struct mm *mm, uintptr_t start, uintptr_t end, const struct hide_look *look)
 {
-    struct os_region kept = look->kept;
-    const struct region *g = region_find(&mm->regions, addr);
-    uintptr_t start = g && g->start > kept.start ? g->start : kept.start, end = g && g->end < kept.end ? g->end : kept.end;
-    if (!g || start >= end)
+    if (look) {
+        start = look->kept.start > start ? look->kept.start : start;
+        end = look->kept.end < end ? look->kept.end : end;
+    } else if (!region_any(&mm->kept, start, end)) { /* the mapping has grown: what holds for a part of it holds for all */
+        return;
+    }
+    if (start >= end)
         return;
     region_cut(&mm->kept, start, end);
     region_insert_must(&mm->kept, start, end, true, REGION_PROVED);

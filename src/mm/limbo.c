@@ -5,6 +5,7 @@
  * calls the devices and frees the pages.
  */
 #include <limits.h>
+#include <string.h>
 
 #include "base/futex.h"
 #include "debug/inject.h"
@@ -65,8 +66,8 @@ void limbo_mark(struct mm *mm, struct limbo *l, uintptr_t start, uintptr_t end, 
             notifier_end(&mm->notifiers, inv);
         return;
     }
-    /* No more room: the last mark widens to cover both. The new one begins before the old one ends. It covers memory of which nothing
-     * happened, too, and so must not say that this was unmapped: pages change place, which makes no promise about them. */
+    /* No more room: the last mark widens to cover both. Who reads after the old one has ended finds his number old as soon as he
+     * looks at anything, since mm->as is held. The new one covers memory of which nothing happened, too, and so must not say that this was unmapped: pages change place, which makes no promise about them. */
     struct invalidation *last = &l->inv[LIMBO_MARKS - 1], old = *last;
     uintptr_t from = old.event.start < start ? old.event.start : start;
     uintptr_t to = old.event.end > end ? old.event.end : end;
@@ -138,14 +139,53 @@ struct limbo *mm_limbo_take(struct mm *mm, bool *later)
     return l;
 }
 
-/* The caller of the event may not have run again since it was read, and its event is pending until it has: memory that stays registered for
- * that would cost the program a fault. */
-static void prune_soon(struct mm *mm, const struct limbo_range *r)
+/* Whether a batch waits for a worker in which there is more to do than to prune. */
+static bool has_filled(struct mm *mm)
 {
-    for (unsigned attempt = 0; attempt < PRUNE_TRIES && !mutate("prune-again"); attempt++) {
-        mm_backoff(mm, attempt);
-        if (mm_prune(mm, r->start, r->end))
+    bool filled = false;
+    rwlock_read_lock(&mm->as);
+    mutex_lock(&mm->queue_lock);
+    for (unsigned i = 0; i < LIMBO_BATCHES; i++) {
+        const struct limbo *l = &mm->limbo[i];
+        filled |= l->state == LIMBO_FILLING && (l->marks || l->chain || l->remaps);
+    }
+    mutex_unlock(&mm->queue_lock);
+    rwlock_read_unlock(&mm->as);
+    return filled;
+}
+
+/* Of n ranges, those for which it is of use to try again soon. */
+static unsigned prune_all(struct mm *mm, struct limbo_range *range, unsigned n)
+{
+    unsigned left = 0;
+    for (unsigned i = 0; i < n; i++)
+        if (mm_prune(mm, range[i].start, range[i].end) == PRUNE_AGAIN)
+            range[left++] = range[i];
+    return left;
+}
+
+/* They become work of the batch that is being filled, as far as it has room for more ranges. */
+static void hand_on(struct mm *mm, const struct limbo_range *range, unsigned n)
+{
+    rwlock_write_lock(&mm->as);
+    struct limbo *l = limbo_filling(mm);
+    for (unsigned i = 0; i < n && l->ranges < LIMBO_MARKS; i++)
+        limbo_prune(l, range[i].start, range[i].end);
+    limbo_publish(mm, l);
+    rwlock_write_unlock(&mm->as);
+}
+
+/* The caller of the event may not have run again since it was read, and its event is pending until it has: memory that stays registered for
+ * that would cost the program a fault. But a batch that is ready is not kept waiting. */
+static void prune_soon(struct mm *mm, struct limbo_range *range, unsigned n)
+{
+    for (unsigned attempt = 0; n && attempt < PRUNE_TRIES && !mutate("prune-again"); attempt++) {
+        if (has_filled(mm) && !mutate("prune-first")) {
+            hand_on(mm, range, n);
             return;
+        }
+        mm_backoff(mm, attempt);
+        n = prune_all(mm, range, n);
     }
 }
 
@@ -172,11 +212,10 @@ void mm_limbo_land(struct mm *mm, struct limbo *l)
         notifier_end(&mm->notifiers, &l->inv[i]);
     chain_put(l->chain);
     set_freed(mm, l);
-    struct limbo_range later[LIMBO_MARKS];
-    unsigned n = 0;
-    for (unsigned i = 0; i < l->ranges; i++)
-        if (!mm_prune(mm, l->range[i].start, l->range[i].end))
-            later[n++] = l->range[i];
+    struct limbo_range range[LIMBO_MARKS];
+    unsigned n = l->ranges;
+    memcpy(range, l->range, n * sizeof(*range));
+    n = prune_all(mm, range, n);
     mutex_lock(&mm->queue_lock);
     l->marks = l->ranges = 0;
     l->chain = 0;
@@ -184,8 +223,7 @@ void mm_limbo_land(struct mm *mm, struct limbo *l)
     l->state = LIMBO_FREE;
     mutex_unlock(&mm->queue_lock);
     mm->limbo_ready(mm); /* a batch that found no free one behind it may be taken now */
-    for (unsigned i = 0; i < n; i++)
-        prune_soon(mm, &later[i]);
+    prune_soon(mm, range, n);
 }
 
 void mm_remaps_wait(struct mm *mm)

@@ -6,11 +6,13 @@
  *
  *   mm->as (shared: a migrator's or pager's short step; exclusive: applying events, freeing blocks, audit)
  *     block->lock
- *       notifier tree
- *         driver locks
- *           pagemap
- *             queues (flights, staging, lru, limbo, faults)
- *               internal allocator, log
+ *       changing (the map of memory that changes may matter to)
+ *         notifier tree
+ *           driver locks
+ *             pagemap
+ *               jobs
+ *                 queues (flights, staging, lru, limbo, faults)
+ *                   internal allocator, log
  *
  * mm->as keeps the reader from reading, so under it nothing may wait: no callback, no copy, no fence, no system call that
  * raises an event or a fault, no retry of EAGAIN. Every UFFDIO_COPY, ZEROPAGE or MOVE into or out of program memory is issued
@@ -157,7 +159,6 @@ struct mm {
     /* Descriptors in the library's private table: valid in library threads only. */
     struct os_uffd uffd; /* the program's: user ranges and outbound staging */
     int pagemap_fd, maps_fd;
-    bool fork_event; /* EVENT_FORK was asked for and given; uffd.features names all that the kernel has */
 
     struct mutex queue_lock; /* RANK_QUEUE: flights, lru, limbo */
     struct flight *flights[FLIGHTS_MAX];
@@ -172,9 +173,12 @@ struct mm {
     uint32_t landing_waiters;
     uint32_t landings; /* futex: some flight landed; waiters for FLIGHT entries look again */
 
-    struct {
+    struct owed {
         uintptr_t start, end;
-    } owed[OWED_MAX]; /* unmaps that a remap overtook (design fact 7); under mm->as exclusive */
+        uintptr_t target, target_end; /* of the remap */
+        bool maybe;                   /* what stood there was not proved to be registered */
+    } owed[OWED_MAX];                 /* unmaps that a remap overtook (design fact 7); under mm->as exclusive */
+    uint64_t read_at; /* os_now() after the read whose events are being applied; 0: none are. Under mm->as exclusive */
 
     struct dropping {
         uintptr_t start, end; /* empty: unused */
@@ -191,6 +195,8 @@ struct mm {
     /* By handlers: a fork() is under way; from before the child's memory is copied until its estate is. Written under mm->as
      * exclusively. Nothing is armed or disarmed meanwhile (-EAGAIN), and what is rolled back stays in its slot, too. */
     bool forking;
+    bool fork_event; /* EVENT_FORK was asked for and given; uffd.features names all that the kernel has */
+    bool owes;       /* of `owed` some may be noted */
     /* One more, one less page in the staging slot at this address is wanted: the slot is not emptied before. Any lock above RANK_QUEUE;
      * the last must be given back without locks. Set by migrate/. */
     void (*slot_keep)(uintptr_t addr, uint64_t pages);
@@ -230,12 +236,12 @@ void tcb_list_read(struct tcb_list *list);
 enum arm_verdict mm_verdict(struct mm *mm, uintptr_t addr, uintptr_t end, const struct tcb_list *tcbs, uintptr_t *part_end);
 /*
  * Makes addr part of a region that is registered in MISSING mode and proved, so that pages of it may be taken: the whole mapping around
- * addr, without what never leaves (own memory, the main thread's control block) and without what is in regions already. Where a
+ * addr, without what never leaves (own memory, the main thread's control block). Regions that were there become one with it. Where a
  * region is that was only watched, it is watched no less afterwards. Takes mm->as exclusively: no locks held. Library threads only.
  *
  * 0, also when it was so before: the caller looks again under its own hold, since nothing is kept. -EAGAIN: an event is pending, or
- * the mapping just changed: mm_backoff() and again. -EINVAL, -EBUSY (another userfaultfd has it), -ENOMEM (vm.max_map_count): it
- * cannot be; nothing changed, and what is said of addr holds below *part_end (which is set for errors only).
+ * the mapping just changed: mm_backoff() and again. -EINVAL, -EBUSY (another userfaultfd has it), -ENOMEM (vm.max_map_count; a
+ * warning says so): it cannot be, and nothing of it may be taken; what is said of addr holds below *part_end (set for errors only).
  */
 int mm_arm(struct mm *mm, uintptr_t addr, const struct tcb_list *tcbs, uintptr_t *part_end);
 
@@ -247,8 +253,9 @@ enum mm_dropping {
     DROPPING_LATE, /* for long: it was freed lazily, most likely, and will stay */
 };
 enum mm_dropping mm_dropping(struct mm *mm, uintptr_t at, uintptr_t *stop);
-/* What is present in [start, end) is not about to be dropped: it was given by us, or whoever drops has returned. Takes queue_lock. */
-void mm_dropped(struct mm *mm, uintptr_t start, uintptr_t end);
+/* What is present in [start, end) is not about to be dropped by a call whose event was read until then (on the clock of os_now()): it
+ * was given by us (UINT64_MAX), or that call has returned. Takes queue_lock. */
+void mm_dropped(struct mm *mm, uintptr_t start, uintptr_t end, uint64_t until);
 
 /* What mm_watch() may do about memory that is not private and anonymous. */
 enum watch_how {
@@ -261,7 +268,8 @@ enum watch_how {
  * [addr, *part_end), *part_end <= end.
  *
  * A region stays as long as a notifier overlaps it. So: insert the notifier first, then watch, then read_begin, look and publish.
- * There is nothing to undo; a region that nobody needs goes with the next event in it, or with mm_prune_later().
+ * There is nothing to undo; a region that nobody needs any more goes with the next event in it, which costs less than to register it
+ * anew for the notifier of the next job.
  *
  * 0: watched. -ENOENT: nothing is mapped. -EOPNOTSUPP: such memory cannot be watched (a file; with WATCH_FREE everything that is not
  * private and anonymous; own memory, vdso). -EBUSY: another userfaultfd has it. -EAGAIN: an event is pending: mm_backoff() and
@@ -278,13 +286,16 @@ bool mm_is_away(struct mm *mm, struct region *r);
 /*
  * Gives back what is not needed any more in and beside [start, end): blocks without entries are freed; regions of which nothing is away
  * are unregistered as a whole, so that faults there are the kernel's own again, or, where a notifier overlaps, watched only. What cannot
- * be done while an event is pending is left for later: mm_prune() is false then. Wakes sleepers. mm_trim() looks first whether there is
- * anything to do. No locks held; library threads only.
+ * be done while an event is pending, or before what is about to be dropped has gone, is left for later. Wakes sleepers. mm_trim() looks
+ * first whether there is anything to do. No locks held; library threads only.
  */
+enum prune {
+    PRUNE_DONE,
+    PRUNE_LATER, /* of something it is not known for long whether it is still to be dropped: the next event or touch there */
+    PRUNE_AGAIN, /* mm_backoff() and again */
+};
 void mm_trim(struct mm *mm, uintptr_t start, uintptr_t end);
-bool mm_prune(struct mm *mm, uintptr_t start, uintptr_t end);
-/* The same, by the thread that lands what events leave: for any thread, without descriptors. Takes mm->as exclusively. */
-void mm_prune_later(struct mm *mm, uintptr_t start, uintptr_t end);
+enum prune mm_prune(struct mm *mm, uintptr_t start, uintptr_t end);
 /*
  * The same as mm_prune(), but also where notifiers overlap, and only the part of a region within [start, end): for a wrapper that is about
  * to unmap the range and has told the notifiers itself, so that no event is raised. Pages that are away stay away.
@@ -349,7 +360,7 @@ void flight_departed(struct mm *mm, struct flight *f, unsigned pages);
 void flight_arrived(struct mm *mm, struct flight *f);
 /* Ends the flight's invalidation if it is begun. */
 void flight_end_invalidation(struct mm *mm, struct flight *f);
-/* Tells those who wait for FLIGHT entries, and wakes CPU faults asleep at the current homes. */
+/* Tells those who wait for FLIGHT entries. CPU faults asleep at the homes are for the caller to wake. */
 void flight_landed(struct mm *mm);
 /* Waits until some flight lands after `seen` (value of mm->landings read under the lock that showed the FLIGHT entry). */
 void flight_wait(struct mm *mm, uint32_t seen);

@@ -4,8 +4,8 @@
  * kernel's own again (design fact 15). Where a notifier overlaps it stays registered for its events, in WP mode, which costs no faults.
  *
  * An unread event means that something else may stand there by now: a remap may have brought missing pages, and without MISSING mode
- * they would turn into zeros. Then the region stays, and is looked at again later. An event that came in between is seen afterwards,
- * and the registration taken again at once; two adjacent system calls are the least that is left to chance.
+ * they would turn into zeros. Then the region stays, and is looked at again later. It is looked for directly before each change; one
+ * that came in between is seen afterwards, and the registration taken again at once: what is left to chance is two adjacent system calls.
  */
 #include <errno.h>
 
@@ -16,8 +16,7 @@
 /* Something of [start, end) in the block has an entry. */
 static bool block_has(struct block *b, uintptr_t start, uintptr_t end)
 {
-    unsigned i = start > b->base ? block_index(start) : 0;
-    unsigned stop = end < b->base + OS_BLOCK_SIZE ? block_index(end) : block_pages();
+    unsigned i = block_first(b, start), stop = block_behind(b, end);
     mutex_lock(&b->lock);
     bool has = b->used && stop - i == block_pages();
     for (; i < stop && b->used && !has; i++)
@@ -58,74 +57,134 @@ static bool is_pending(struct mm *mm)
     return mm->forking || os->uffd_pending(mm->uffd.fd) != 0;
 }
 
+/* The part of [*at, end) that the next mapping has: 1; 0: there is none. */
+static int next_part(struct mm *mm, uintptr_t *at, uintptr_t end, uintptr_t *part_end)
+{
+    struct os_vma vma;
+    int r = *at < end ? os->vma_query(mm->maps_fd, *at, &vma) : -ENOENT;
+    if (r == -ENOENT || (!r && vma.start >= end))
+        return 0;
+    if (r)
+        return r;
+    *at = vma.start > *at ? vma.start : *at;
+    *part_end = vma.end < end ? vma.end : end;
+    return 1;
+}
+
+/* What answers so has not registered anything, and cannot: nothing of ours is there. */
+static bool is_foreign(int err)
+{
+    return err == -EINVAL || err == -EBUSY || err == -EPERM;
+}
+
 /*
  * Mapping by mapping: one that is not ours would make the kernel refuse the whole range. EINVAL: it cannot be registered, or another
- * userfaultfd has it. It stands there because ours has gone, and there is nothing to give back.
+ * userfaultfd has it. It stands there because ours has gone, and there is nothing to give back. *stop: how far it came.
  */
-static int unregister(struct mm *mm, uintptr_t start, uintptr_t end, bool missing)
+static int unregister(struct mm *mm, uintptr_t start, uintptr_t end, bool missing, bool whatever, uintptr_t *stop)
 {
-    int first = 0;
-    for (uintptr_t at = start; at < end;) {
-        struct os_vma vma;
-        int r = os->vma_query(mm->maps_fd, at, &vma);
-        if (r == -ENOENT || (!r && vma.start >= end))
-            break;
-        if (r)
-            return r;
-        uintptr_t from = vma.start > at ? vma.start : at, to = vma.end < end ? vma.end : end;
+    int first = 0, r;
+    uintptr_t to = end;
+    for (*stop = start; (r = next_part(mm, &start, end, &to)) > 0; *stop = start = to) {
         if (missing) /* first: a mapping that is remapped meanwhile takes its mark with it, and is told of as long as it is registered */
-            region_give_back(mm, from, to);
-        r = os->uffd_unregister(mm->uffd.fd, from, to - from);
+            region_show(mm, start, to);
+        if (!whatever && is_pending(mm) && !mutate("give-up-pending"))
+            return -EAGAIN;
+        /* Leaving WP mode looks at every page, of which none is protected; leaving MISSING mode at none. */
+        if (!missing && !mm->uffd.user_mode_only)
+            os->uffd_register(mm->uffd.fd, start, to - start);
+        r = os->uffd_unregister(mm->uffd.fd, start, to - start);
         if (r && r != -EINVAL && !first)
             first = r;
-        at = to;
     }
-    return first;
+    return r ? r : first;
+}
+
+bool region_take_again(struct mm *mm, uintptr_t start, uintptr_t end)
+{
+    uintptr_t at = start, to = end;
+    int r, first = 0;
+    if (mutate("again-whole"))
+        return region_register(mm, start, end, true) == 0;
+    for (; (r = next_part(mm, &at, end, &to)) > 0; at = to) {
+        r = region_register(mm, at, to, true);
+        first = r && !is_foreign(r) && !first ? r : first;
+    }
+    first = r ? r : first;
+    if (first)
+        hmm_log(HMM_LOG_ERROR,
+                "memory at [%#lx, %#lx) cannot be registered again: %s; what the program has just moved there may be lost "
+                "(raise sysctl "
+                "vm.max_map_count)",
+                (unsigned long)start, (unsigned long)end, hmm_strerror(first));
+    return !first;
 }
 
 /* Of [start, end) nothing is away. True: it is not registered any more, and in no region. */
 static bool give_up(struct mm *mm, uintptr_t start, uintptr_t end, bool missing)
 {
+    uintptr_t stop;
     if (is_pending(mm))
         return false;
-    int r = unregister(mm, start, end, missing);
+    int r = unregister(mm, start, end, missing, false, &stop);
     bool pending = is_pending(mm);
     if (pending)
-        region_register(mm, start, end, missing);
+        region_take_again(mm, start, stop);
     region_cut(&mm->regions, start, end);
-    if (pending || r) /* what is registered is not known */
-        region_insert_must(&mm->regions, start, end, missing, REGION_UNPROVED);
-    return !pending && !r;
+    if (pending || r) { /* what is registered is not known */
+        region_insert_must(&mm->regions, start, end, missing || pending, REGION_UNPROVED);
+        hide_managed(mm, start, end);
+        return false;
+    }
+    region_cut(&mm->kept, start, end); /* the mark stays, and is found again */
+    return true;
 }
 
 void region_drop(struct mm *mm, struct region *r)
 {
-    unregister(mm, r->start, r->end, r->missing);
+    uintptr_t stop;
+    unregister(mm, r->start, r->end, r->missing, true, &stop);
+    region_cut(&mm->kept, r->start, r->end);
     region_cut(&mm->regions, r->start, r->end);
 }
 
-/* From MISSING to WP in one step: no event is missed. What was proved of its events stays so either way. [start, end) is of regions that
- * touch each other. */
-static bool only_watch(struct mm *mm, uintptr_t start, uintptr_t end)
+static void show_missing(struct mm *mm, uintptr_t start, uintptr_t end)
+{
+    for (const struct region *r = region_next(&mm->regions, start); r && r->start < end; r = region_next(&mm->regions, r->end))
+        if (r->missing)
+            region_show(mm, r->start > start ? r->start : start, r->end < end ? r->end : end);
+}
+
+/* Regions of [start, end) are in WP mode, or in a mode that is not known. */
+static void set_mode(struct mm *mm, uintptr_t start, uintptr_t end, bool known)
 {
     struct region *r;
-    if (is_pending(mm) || os->uffd_watch(mm->uffd.fd, start, end - start))
-        return false;
-    region_give_back(mm, start, end);
-    bool pending = is_pending(mm);
-    bool unknown = pending && os->uffd_register(mm->uffd.fd, start, end - start);
     for (uintptr_t at = start; at < end && (r = region_next(&mm->regions, at)) != NULL && r->start < end; at = r->end) {
-        if (!pending)
+        if (known)
             r->missing = false;
-        if (unknown && r->state == REGION_PROVED)
+        else if (r->state == REGION_PROVED)
             r->state = REGION_UNPROVED;
     }
-    if (pending) {
-        hide_managed(mm, start, end);
+}
+
+/* From MISSING to WP in one step: no event is missed. What was proved of its events stays so either way. [start, end) is of regions that
+ * touch each other. What is refused half-way, because there are too many mappings, was done in the first mappings. */
+static bool only_watch(struct mm *mm, uintptr_t start, uintptr_t end)
+{
+    if (is_pending(mm))
         return false;
+    show_missing(mm, start, end);
+    int r = is_pending(mm) ? -EBUSY : os->uffd_watch(mm->uffd.fd, start, end - start);
+    if (!r && !is_pending(mm)) {
+        set_mode(mm, start, end, true);
+        region_cut(&mm->kept, start, end); /* the mark stays, and is found again */
+        os->uffd_wake(mm->uffd.fd, start, end - start);
+        return true;
     }
-    os->uffd_wake(mm->uffd.fd, start, end - start);
-    return true;
+    if (!is_foreign(r) && !mutate("watch-part") && !region_take_again(mm, start, end))
+        set_mode(mm, start, end, false);
+    hide_managed(mm, start, end);
+    return false;
 }
 
 static bool is_wanted(struct mm *mm, uintptr_t start, uintptr_t end)
@@ -171,15 +230,28 @@ static struct whole whole_of(struct mm *mm, struct region *r)
     return w;
 }
 
-/* True: done, and the region may be gone, or something of its mapping is away. False: an event is pending. */
-static bool settle(struct mm *mm, struct region *r)
+/* What is touched where something is about to be dropped is to be given by us, to be known. */
+static enum prune look_for_notes(struct mm *mm, uintptr_t start, uintptr_t end)
+{
+    switch (dropping_look(mm, start, end)) {
+    case DROPPING_SOON: return PRUNE_AGAIN;
+    case DROPPING_LATE: return PRUNE_LATER;
+    default: return PRUNE_DONE;
+    }
+}
+
+/* DONE: the region may be gone, or something of its mapping is away. */
+static enum prune settle(struct mm *mm, struct region *r)
 {
     struct whole w = whole_of(mm, r);
     if (w.away)
-        return true;
-    if (!is_wanted(mm, w.start, w.end))
-        return give_up(mm, w.start, w.end, w.missing);
-    return !w.missing || only_watch(mm, w.start, w.end);
+        return PRUNE_DONE;
+    enum prune noted = look_for_notes(mm, w.start, w.end);
+    if (noted != PRUNE_DONE)
+        return noted;
+    bool done =
+        !is_wanted(mm, w.start, w.end) ? give_up(mm, w.start, w.end, w.missing) : !w.missing || only_watch(mm, w.start, w.end);
+    return done ? PRUNE_DONE : PRUNE_AGAIN;
 }
 
 /* ---- ranges ---- */
@@ -196,20 +268,22 @@ static uintptr_t one_before(uintptr_t start)
 }
 
 /* Caller holds mm->as exclusively. */
-static bool prune(struct mm *mm, uintptr_t start, uintptr_t end)
+static enum prune prune(struct mm *mm, uintptr_t start, uintptr_t end)
 {
     uintptr_t next;
-    bool done = true;
+    enum prune done = PRUNE_DONE;
     for (struct region *r = region_next(&mm->regions, one_before(start)); r && r->start <= end;
          r = region_next(&mm->regions, next)) {
         next = r->end;
-        if (!dropping_look(mm, r->start, r->end)) /* what is touched there again is to be given by us, to be known */
-            done = false;
-        else
-            done &= is_settled(mm, r) || settle(mm, r);
+        enum prune one = look_for_notes(mm, r->start, r->end);
+        if (one == PRUNE_DONE && !is_settled(mm, r))
+            one = settle(mm, r);
+        done = one > done ? one : done;
     }
-    if (!done) /* so that no block means: nothing is registered for its sake */
-        return false;
+    if (mm->owes) /* until nothing is pending, and so nothing is owed */
+        done = PRUNE_AGAIN;
+    if (done != PRUNE_DONE) /* so that no block means: nothing is registered for its sake */
+        return done;
     for (struct block *b = pagetable_next(&mm->pt, start, end), *after; b; b = after) {
         after = pagetable_next(&mm->pt, b->base + OS_BLOCK_SIZE, end);
         if (b->used)
@@ -217,13 +291,14 @@ static bool prune(struct mm *mm, uintptr_t start, uintptr_t end)
         lru_remove(mm, b);
         pagetable_remove(&mm->pt, b);
     }
-    return true;
+    return done;
 }
 
-bool mm_prune(struct mm *mm, uintptr_t start, uintptr_t end)
+enum prune mm_prune(struct mm *mm, uintptr_t start, uintptr_t end)
 {
     rwlock_write_lock(&mm->as);
-    bool done = prune(mm, start, end);
+    owed_forget(mm);
+    enum prune done = prune(mm, start, end);
     rwlock_write_unlock(&mm->as);
     return done;
 }
@@ -248,15 +323,6 @@ void mm_trim(struct mm *mm, uintptr_t start, uintptr_t end)
     rwlock_read_unlock(&mm->as);
     if (unused)
         mm_prune(mm, start, end);
-}
-
-void mm_prune_later(struct mm *mm, uintptr_t start, uintptr_t end)
-{
-    rwlock_write_lock(&mm->as);
-    struct limbo *l = limbo_filling(mm);
-    limbo_prune(l, start, end);
-    limbo_publish(mm, l);
-    rwlock_write_unlock(&mm->as);
 }
 
 void mm_release(struct mm *mm, uintptr_t start, uintptr_t end)
@@ -289,7 +355,7 @@ static void serve_unknown(struct mm *mm, uintptr_t addr)
     uintptr_t start, end, part_end;
     if (!region_gap(mm, addr, &vma, &start, &end))
         return;
-    if (!continues(mm, &vma, start, end) || region_arm(mm, addr, &none, &part_end))
+    if (!continues(mm, &vma, start, end) || region_arm(mm, addr, &none, NULL, &part_end))
         give_up(mm, start, end, true);
 }
 
@@ -299,7 +365,7 @@ static void serve_unused(struct mm *mm, struct region *r)
 {
     struct whole w = whole_of(mm, r);
     bool wanted = is_wanted(mm, w.start, w.end);
-    if (w.away || (wanted && only_watch(mm, w.start, w.end)))
+    if (w.away || look_for_notes(mm, w.start, w.end) != PRUNE_DONE || (wanted && only_watch(mm, w.start, w.end)))
         return;
     if (give_up(mm, w.start, w.end, w.missing) && wanted) {
         struct limbo *l = limbo_filling(mm);
@@ -315,13 +381,13 @@ bool mm_fault_unused(struct mm *mm, uintptr_t addr)
     struct region *r = region_find(&mm->regions, addr);
     if (!pending && !r && !mm->forking)
         serve_unknown(mm, addr);
-    else if (!pending && r && !mm_is_away(mm, r) && dropping_look(mm, r->start, r->end))
+    else if (!pending && r && !mm_is_away(mm, r))
         serve_unused(mm, r);
     /* Where the kernel refuses, the page gets zeros, so that the touch ends. */
     r = region_find(&mm->regions, addr);
     if (!pending && (r ? !mm_is_away(mm, r) : mm->forking))
         if (os->uffd_zeropage(mm->uffd.fd, addr, os_page_size()) > 0)
-            mm_dropped(mm, addr, addr + os_page_size());
+            mm_dropped(mm, addr, addr + os_page_size(), UINT64_MAX);
     rwlock_write_unlock(&mm->as);
     return !pending;
 }

@@ -5,15 +5,17 @@
 #include <errno.h>
 #include <limits.h>
 #include <signal.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/prctl.h>
 
 #include "base/alloc.h"
 #include "base/error.h"
 #include "base/futex.h"
+#include "mm/stack.h"
 #include "os/os.h"
 
-#define THREADS_MAX 256
+#define THREADS_MAX 512
 
 /* A sanitizer reports from the thread that it finds something in. */
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
@@ -26,6 +28,7 @@
 
 struct hmm_thread {
     pthread_t id;
+    void *stack;
     char name[16];
     void (*fn)(void *);
     void *arg;
@@ -41,6 +44,7 @@ struct request {
 
 static struct {
     pthread_t root, log;
+    void *root_stack, *log_stack;
     struct mutex lock;       /* RANK_QUEUE */
     struct request *request; /* one at a time */
     uint32_t word;           /* futex: request or stop */
@@ -63,7 +67,7 @@ static unsigned register_thread(const char *name)
         uint32_t unused = 0;
         if (!__atomic_compare_exchange_n(&threads.known[i].tid, &unused, UINT32_MAX, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
             continue;
-        strncpy(threads.known[i].name, name, sizeof(threads.known[i].name) - 1);
+        snprintf(threads.known[i].name, sizeof(threads.known[i].name), "%s", name);
         threads.known[i].held = lock_held_word();
         threads.known[i].block = (uintptr_t)pthread_self();
         unsigned top = __atomic_load_n(&threads.top, __ATOMIC_RELAXED);
@@ -97,24 +101,30 @@ const char *thread_holding_locks(uint32_t tid)
     return NULL;
 }
 
-/* The control block stands at the upper end of the stack. */
-bool thread_stack_within(uintptr_t start, uintptr_t end)
-{
-    for (unsigned i = 0; i < __atomic_load_n(&threads.top, __ATOMIC_ACQUIRE); i++)
-        if (__atomic_load_n(&threads.known[i].tid, __ATOMIC_ACQUIRE) && threads.known[i].block >= start &&
-            threads.known[i].block < end)
-            return true;
-    return false;
-}
-
-static int create(pthread_t *id, void *(*fn)(void *), void *arg)
+static int create(pthread_t *id, void **stack, void *(*fn)(void *), void *arg)
 {
     sigset_t all, old;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &old);
-    int r = pthread_create(id, NULL, fn, arg);
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
-    return -r;
+    pthread_attr_t attr;
+    pthread_attr_init(&attr);
+    int r = stack_new(&attr, stack);
+    if (!r) {
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &old);
+        r = -pthread_create(id, &attr, fn, arg);
+        pthread_sigmask(SIG_SETMASK, &old, NULL);
+    }
+    pthread_attr_destroy(&attr);
+    if (r) {
+        stack_free(*stack);
+        *stack = NULL;
+    }
+    return r;
+}
+
+static void join(pthread_t id, void *stack)
+{
+    pthread_join(id, NULL);
+    stack_free(stack);
 }
 
 /* ---- root ---- */
@@ -198,13 +208,13 @@ int threads_start(void)
     os_known_thread_block = known_block;
     memset(&threads, 0, sizeof(threads));
     mutex_init(&threads.lock, RANK_QUEUE);
-    int r = create(&threads.root, root_main, NULL);
+    int r = create(&threads.root, &threads.root_stack, root_main, NULL);
     if (r)
         return hmm_fail(r, "a library thread cannot be created: %s; raise the limit of threads (ulimit -u)", hmm_strerror(r));
     r = threads_call(private_files, NULL);
     log_draining(true); /* before there is a thread that must not deliver its own lines */
     if (!r)
-        r = create(&threads.log, log_main, NULL);
+        r = create(&threads.log, &threads.log_stack, log_main, NULL);
     if (r) {
         log_draining(false);
         threads.log = 0;
@@ -222,14 +232,15 @@ void threads_stop(void)
     mutex_unlock(&threads.lock);
     futex_wake(&threads.word, INT_MAX);
     log_wake();
-    pthread_join(threads.root, NULL);
+    join(threads.root, threads.root_stack);
     if (threads.log)
-        pthread_join(threads.log, NULL);
+        join(threads.log, threads.log_stack);
     mutex_destroy(&threads.lock);
 }
 
 void threads_forget(void)
 {
+    stacks_forget();
     memset(&threads, 0, sizeof(threads));
 }
 
@@ -258,7 +269,7 @@ static void *thread_main(void *arg)
 static int create_thread(void *arg)
 {
     struct hmm_thread *t = arg;
-    return create(&t->id, thread_main, t);
+    return create(&t->id, &t->stack, thread_main, t);
 }
 
 int hmm_thread_start(struct hmm_thread **out, const char *name, void (*fn)(void *), void *arg)
@@ -281,7 +292,7 @@ int hmm_thread_start(struct hmm_thread **out, const char *name, void (*fn)(void 
 
 void hmm_thread_join(struct hmm_thread *t)
 {
-    pthread_join(t->id, NULL);
+    join(t->id, t->stack);
     mem_free(t, sizeof(*t));
 }
 

@@ -24,8 +24,6 @@ int threads_call(int (*fn)(void *), void *arg);
 bool thread_in_library(void);
 /* Name of the library thread with this id if it holds a lock (known in builds that check locks), or NULL; lock-free. */
 const char *thread_holding_locks(uint32_t tid);
-/* Whether a library thread has its stack within [start, end); lock-free. */
-bool thread_stack_within(uintptr_t start, uintptr_t end);
 
 /* ---- work for a pool of threads ---- */
 

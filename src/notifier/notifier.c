@@ -40,6 +40,7 @@ void notifier_tree_init(struct notifier_tree *t)
     *t = (struct notifier_tree){0};
     mutex_init(&t->lock, RANK_NOTIFIER);
     list_init(&t->active);
+    list_init(&t->ending);
     list_init(&t->running);
 }
 
@@ -48,18 +49,11 @@ void notifier_tree_destroy(struct notifier_tree *t)
     mutex_destroy(&t->lock);
 }
 
-/* An owner's own migration is none of its notifiers' business; what it has written is nobody else's. */
+/* An owner's own migration is none of its notifiers' business. */
 static bool concerns(const struct hmm_event *event, const struct hmm_notifier *n)
 {
-    if (!overlaps(n, event->start, event->end))
-        return false;
-    if (!event->owner)
-        return true;
-    switch (event->type) {
-    case HMM_EVENT_MIGRATE: return event->owner != n->dev;
-    case HMM_EVENT_SOFT_DIRTY: return event->owner == n->dev;
-    default: return true;
-    }
+    bool own = event->type == HMM_EVENT_MIGRATE && event->owner && event->owner == n->dev;
+    return overlaps(n, event->start, event->end) && !own;
 }
 
 /* Moves the sequence numbers below n; returns whether there was one. */
@@ -104,39 +98,54 @@ void notifier_end(struct notifier_tree *t, struct invalidation *inv)
     mutex_unlock(&t->lock);
 }
 
+void notifier_ignore(struct notifier_tree *t, struct notifier_ending *e, struct hmm_device *dev)
+{
+    e->dev = dev;
+    mutex_lock(&t->lock);
+    list_add_tail(&t->ending, &e->link);
+    mutex_unlock(&t->lock);
+}
+
+void notifier_forget(struct notifier_tree *t, struct notifier_ending *e)
+{
+    mutex_lock(&t->lock);
+    list_del(&e->link);
+    mutex_unlock(&t->lock);
+}
+
+static bool is_ignored(const struct notifier_tree *t, const struct hmm_notifier *n)
+{
+    list_for_each (pos, &t->ending)
+        if (container_of(pos, struct notifier_ending, link)->dev == n->dev)
+            return true;
+    return false;
+}
+
 /* The next notifier to be called. Caller holds t->lock. */
 static struct hmm_notifier *next_to_call(struct notifier_tree *t, const struct invalidation *inv, struct key after)
 {
     struct hmm_notifier *n;
     while ((n = treap_next(t->root, after, inv->event.start, inv->event.end)) != NULL) {
-        if (n->born < inv->insertions && concerns(&inv->event, n))
+        if (n->born < inv->insertions && concerns(&inv->event, n) && !is_ignored(t, n))
             return n;
         after = key_of(n);
     }
     return NULL;
 }
 
-/* Only -EAGAIN, and only where nothing may be waited for, is an answer. */
-static int check_answer(const struct notifier_tree *t, const struct call *call, int err)
+static int check_answer(const struct notifier_tree *t, const struct running *call, int err)
 {
-    const struct hmm_event *event = call->event;
-    bool may_refuse = !event->blockable || event->brief;
     char name[160];
-    if (!err || (err == -EAGAIN && may_refuse))
+    if (answer_is_right(call->event, err))
         return err;
     running_name(t, call->ops, call->dev, call->start, call->end, name, sizeof(name));
-    hmm_log(HMM_LOG_ERROR, "notifier: %s returned %d (%s, %s); it must %s; taken as done", name, err, event_name(event->type),
-            event->brief       ? "brief"
-            : event->blockable ? "blockable"
-                               : "not blockable",
-            may_refuse ? "return 0 or -EAGAIN" : "return 0");
-    return 0;
+    return answer_is_wrong(call->event, err, name);
 }
 
 /* Runs one callback, without the lock. Caller holds t->lock before and after. */
 static int run_callback(struct notifier_tree *t, struct hmm_notifier *n, const struct hmm_event *event)
 {
-    struct call call;
+    struct running call;
     running_enter(t, &call, n, event);
     mutex_unlock(&t->lock);
     int err = check_answer(t, &call, call.ops->invalidate(n, event));
@@ -240,6 +249,7 @@ int notifier_remove(struct notifier_tree *t, struct hmm_notifier *n)
         t->bytes -= n->end - n->start;
         __atomic_fetch_add(&n->seq, 1, __ATOMIC_SEQ_CST); /* what was read before is not current any more */
         wait_for_callbacks(t, n);
+        changing_unmark_large(n->start, n->end);
         __atomic_store_n(&n->dev, NULL, __ATOMIC_RELEASE);
         changed(t);
     }
@@ -267,7 +277,13 @@ uint64_t notifier_read_begin_timeout(struct notifier_tree *t, struct hmm_notifie
     uint64_t seq = 0;
     bool waited = false;
     struct complaint c;
-    changing_wait(n->start, n->end);
+    uint64_t began = timeout_ns < 0 ? 0 : os_now();
+    if (!changing_wait_timeout(n->start, n->end, timeout_ns))
+        return 0;
+    if (timeout_ns > 0) {
+        int64_t spent = (int64_t)(os_now() - began);
+        timeout_ns = spent < timeout_ns ? timeout_ns - spent : 0;
+    }
     mutex_lock(&t->lock);
     for (uint64_t deadline = 0; n->dev && invalidating(t, n);) {
         if (!waited) {
@@ -303,14 +319,6 @@ uint64_t notifier_bytes(struct notifier_tree *t, const struct hmm_device *dev)
     uint64_t bytes = treap_bytes(t->root, dev);
     mutex_unlock(&t->lock);
     return bytes;
-}
-
-unsigned notifier_count(struct notifier_tree *t)
-{
-    mutex_lock(&t->lock);
-    unsigned n = t->count;
-    mutex_unlock(&t->lock);
-    return n;
 }
 
 bool notifier_any(struct notifier_tree *t, uintptr_t start, uintptr_t end)

@@ -12,7 +12,8 @@
  * means that every invalidation of the interval that began before has ended before read_begin returned, and every one that
  * begins later will call back, after that lock is free: what is published now is either right or taken back in time.
  *
- * Types: a MIGRATE with an owner leaves out that device's notifiers, a SOFT_DIRTY with an owner calls only that device's.
+ * A MIGRATE with an owner leaves out that device's notifiers; the owner of any other type means nothing. SOFT_DIRTY does not come this way:
+ * a mirror that collects asks its own device (mirror_bits.c).
  */
 #ifndef HMM_NOTIFIER_H
 #define HMM_NOTIFIER_H
@@ -26,6 +27,7 @@ struct notifier_tree {
     struct hmm_notifier *root;
     unsigned count;
     struct list active;   /* struct invalidation */
+    struct list ending;   /* struct notifier_ending */
     uint32_t changes;     /* futex: active list or a calls count changed, if anybody waits */
     uint32_t waiters;     /* on changes */
     uint64_t insertions;  /* so far; numbers the notifiers (born) and seeds their priorities */
@@ -33,7 +35,7 @@ struct notifier_tree {
     uint64_t callback_ns; /* and the time that those which returned took together */
     uint64_t refused;     /* of callbacks: those that answered -EAGAIN */
     uint64_t bytes;       /* sum of the lengths of all notifiers */
-    struct list running;  /* struct call: callbacks that run */
+    struct list running;  /* struct running: callbacks that run */
     const char *(*device_name)(const struct hmm_device *dev); /* for messages; set once, before use; may be NULL */
 };
 
@@ -61,6 +63,15 @@ enum notifier_how {
  * count as done. */
 int notifier_call(struct notifier_tree *t, struct invalidation *inv, enum notifier_how how);
 void notifier_end(struct notifier_tree *t, struct invalidation *inv);
+
+/* A device that has nothing any more: no callback of its notifiers begins between ignore and forget, so that its driver may free what they
+ * use once those that run have returned. Its notifiers are gone when it is forgotten. */
+struct notifier_ending {
+    struct list link;
+    struct hmm_device *dev;
+};
+void notifier_ignore(struct notifier_tree *t, struct notifier_ending *e, struct hmm_device *dev);
+void notifier_forget(struct notifier_tree *t, struct notifier_ending *e);
 
 /* Insert etc. behind the public calls: the tree is found by the caller. Insert wants start, end, dev and ops. -EINVAL, -EEXIST. */
 int notifier_insert(struct notifier_tree *t, struct hmm_notifier *n, struct hmm_device *dev, uintptr_t start, uintptr_t end,
@@ -90,8 +101,6 @@ void notifier_overdue_text(const struct notifier_tree *t, const struct notifier_
 
 /* Sum of the lengths of the device's notifiers. Looks at all: not for hot paths. */
 uint64_t notifier_bytes(struct notifier_tree *t, const struct hmm_device *dev);
-/* Number of notifiers in the tree. */
-unsigned notifier_count(struct notifier_tree *t);
 /* Order, heap property, max_end, counts; for the audit and tests. */
 bool notifier_tree_is_valid(struct notifier_tree *t);
 

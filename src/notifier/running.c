@@ -2,6 +2,7 @@
 /* See running.h. Nothing here waits; lines are formatted into the caller's stack. */
 #include "notifier/running.h"
 
+#include <errno.h>
 #include <stdio.h>
 
 #include "base/util.h"
@@ -12,11 +13,11 @@
 #define COMPLAIN_FIRST SECOND
 #define COMPLAIN_AGAIN (10 * SECOND)
 
-static __thread struct call *calls_here __attribute__((tls_model("initial-exec")));
+static __thread struct running *calls_here __attribute__((tls_model("initial-exec")));
 
-void running_enter(struct notifier_tree *t, struct call *call, struct hmm_notifier *n, const struct hmm_event *event)
+void running_enter(struct notifier_tree *t, struct running *call, struct hmm_notifier *n, const struct hmm_event *event)
 {
-    *call = (struct call){
+    *call = (struct running){
         .outer = calls_here,
         .n = n,
         .ops = n->ops,
@@ -32,7 +33,7 @@ void running_enter(struct notifier_tree *t, struct call *call, struct hmm_notifi
     calls_here = call;
 }
 
-void running_leave(struct notifier_tree *t, struct call *call)
+void running_leave(struct notifier_tree *t, struct running *call)
 {
     calls_here = call->outer;
     list_del(&call->link);
@@ -42,7 +43,7 @@ void running_leave(struct notifier_tree *t, struct call *call)
 
 bool running_here(const struct hmm_notifier *n)
 {
-    for (const struct call *c = calls_here; c; c = c->outer)
+    for (const struct running *c = calls_here; c; c = c->outer)
         if (c->n == n)
             return true;
     return false;
@@ -70,6 +71,27 @@ void running_name(const struct notifier_tree *t, const struct hmm_notifier_ops *
              (unsigned long)end);
 }
 
+static bool may_refuse(const struct hmm_event *event)
+{
+    return !event->blockable || event->brief;
+}
+
+bool answer_is_right(const struct hmm_event *event, int err)
+{
+    return !err || (err == -EAGAIN && may_refuse(event));
+}
+
+int answer_is_wrong(const struct hmm_event *event, int err, const char *who)
+{
+    hmm_log(HMM_LOG_ERROR, "%s returned %d (%s of [%#lx, %#lx), %s); it must %s; taken as done", who, err,
+            event_name(event->type), (unsigned long)event->start, (unsigned long)event->end,
+            event->brief       ? "brief"
+            : event->blockable ? "blockable"
+                               : "not blockable",
+            may_refuse(event) ? "return 0 or -EAGAIN" : "return 0");
+    return 0;
+}
+
 void notifier_overdue_text(const struct notifier_tree *t, const struct notifier_overdue *o, char *buf, size_t size)
 {
     const struct hmm_notifier_ops ops = {.invalidate = o->callback, .name = o->name};
@@ -84,17 +106,17 @@ void notifier_overdue_text(const struct notifier_tree *t, const struct notifier_
 
 /* The callback, of n or else of dev, or of anybody, that began first, or NULL. Calls are listed in the order of their beginning.
  * Caller holds the tree lock. */
-static struct call *oldest(struct notifier_tree *t, const struct hmm_notifier *n, const struct hmm_device *dev)
+static struct running *oldest(struct notifier_tree *t, const struct hmm_notifier *n, const struct hmm_device *dev)
 {
     list_for_each (pos, &t->running) {
-        struct call *c = container_of(pos, struct call, link);
+        struct running *c = container_of(pos, struct running, link);
         if ((!n || c->n == n) && (!dev || c->dev == dev))
             return c;
     }
     return NULL;
 }
 
-static void describe(const struct call *c, uint64_t now, struct notifier_overdue *out)
+static void describe(const struct running *c, uint64_t now, struct notifier_overdue *out)
 {
     *out = (struct notifier_overdue){
         .callback = c->ops->invalidate,
@@ -111,7 +133,7 @@ bool notifier_overdue(struct notifier_tree *t, const struct hmm_device *dev, uin
 {
     uint64_t now = os_now();
     mutex_lock(&t->lock);
-    const struct call *c = oldest(t, NULL, dev);
+    const struct running *c = oldest(t, NULL, dev);
     bool overdue = c && now >= c->began && now - c->began >= ns;
     if (overdue)
         describe(c, now, out);
@@ -139,7 +161,7 @@ void complaint_look(struct notifier_tree *t, struct complaint *c)
     if (now < c->next || mutate("notifier-silent"))
         return;
     c->next = now + COMPLAIN_AGAIN;
-    const struct call *call = oldest(t, c->n, NULL);
+    const struct running *call = oldest(t, c->n, NULL);
     call =
         call ? call : oldest(t, NULL, NULL); /* an invalidation is called one callback at a time: it may hang in another one */
     char text[224] = "no callback runs: an invalidation was begun and not ended";

@@ -7,9 +7,9 @@
 
 /* One callback of one notifier; on the stack of the thread that runs it. Copies of what it needs of the notifier, so that it can be
  * reported without looking there. */
-struct call {
-    struct list link;   /* notifier_tree.running; tree lock */
-    struct call *outer; /* of the same thread */
+struct running {
+    struct list link;      /* notifier_tree.running; tree lock */
+    struct running *outer; /* of the same thread */
     struct hmm_notifier *n;
     const struct hmm_notifier_ops *ops;
     struct hmm_device *dev;
@@ -19,8 +19,8 @@ struct call {
 };
 
 /* Enters and leaves a callback. Caller holds the tree lock. */
-void running_enter(struct notifier_tree *t, struct call *call, struct hmm_notifier *n, const struct hmm_event *event);
-void running_leave(struct notifier_tree *t, struct call *call);
+void running_enter(struct notifier_tree *t, struct running *call, struct hmm_notifier *n, const struct hmm_event *event);
+void running_leave(struct notifier_tree *t, struct running *call);
 /* Whether this thread is inside a callback of n. No lock needed. */
 bool running_here(const struct hmm_notifier *n);
 
@@ -28,6 +28,10 @@ bool running_here(const struct hmm_notifier *n);
 void running_name(const struct notifier_tree *t, const struct hmm_notifier_ops *ops, const struct hmm_device *dev,
                   uintptr_t start, uintptr_t end, char *buf, size_t size);
 const char *event_name(enum hmm_event_type type);
+/* Only 0, and -EAGAIN where the event allows it, is an answer of invalidate(). */
+bool answer_is_right(const struct hmm_event *event, int err);
+/* Reports another one, of who; returns 0: it is taken as done. */
+int answer_is_wrong(const struct hmm_event *event, int err, const char *who);
 
 /* A wait that ought to be short. */
 struct complaint {

@@ -132,6 +132,9 @@ int linux_vma_query(int fd, uintptr_t addr, struct os_vma *out)
         .shared = q.vma_flags & PROCMAP_QUERY_VMA_SHARED,
         .anonymous = !q.inode && !q.dev_major && !q.dev_minor,
         .page_size = q.vma_page_size,
+        .offset = q.vma_offset,
+        .inode = q.inode,
+        .device = (uint64_t)q.dev_major << 32 | q.dev_minor,
     };
     classify(name, out);
     return 0;
@@ -189,8 +192,10 @@ bool linux_vma_parse_line(const char *p, struct os_vma *out)
     if (!p || *p++ != ' ')
         return false;
     inode = p;
-    while (*p >= '0' && *p <= '9')
-        p++;
+    for (; *p >= '0' && *p <= '9'; p++)
+        v.inode = v.inode * 10 + (uint64_t)(*p - '0');
+    v.offset = offset;
+    v.device = (uint64_t)major << 32 | minor;
     v.anonymous = !major && !minor && p == inode + 1 && *inode == '0';
     while (*p == ' ')
         p++;

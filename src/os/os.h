@@ -44,6 +44,8 @@ struct os_vma {
     bool stack;       /* the kernel's "[stack]" */
     bool special;     /* vdso, vvar, vsyscall: never ours to touch */
     size_t page_size; /* bytes: larger for hugetlb; 0: not known */
+    uint64_t offset;  /* in the file, bytes */
+    uint64_t inode, device;
 };
 
 /* MADV_WIPEONFORK, MADV_DONTFORK. */
@@ -57,7 +59,8 @@ struct os_ops {
 
     /* UFFDIO_REGISTER with MISSING mode. The range lies within mappings; idempotent for the same userfaultfd. Takes the mmap
      * lock for writing: may split or merge VMAs. -EBUSY: another userfaultfd has it; -EINVAL: a kind that cannot be
-     * registered; -ENOMEM: too many mappings. */
+     * registered; -EPERM: shared memory that the program may never write. Nothing was done then. -ENOMEM: too many mappings; what
+     * stands before the one that failed was registered. */
     int (*uffd_register)(int uffd, uintptr_t start, size_t len);
     /* The same with WP mode instead: no faults, since nothing is ever write-protected, but events. Replaces MISSING mode in one step,
      * and is replaced by it (kernel fact 22): nothing of ours may be missing there any more. */

@@ -414,6 +414,13 @@ int pagemap_wait(struct pagemap *pm, int64_t timeout_ns)
     return err;
 }
 
+void pagemap_retire(struct pagemap *pm)
+{
+    mutex_lock(&registry_lock);
+    pm->desc.cpu_map = NULL;
+    mutex_unlock(&registry_lock);
+}
+
 void pagemap_destroy(struct pagemap *pm)
 {
     if (pm->used)

@@ -126,6 +126,8 @@ static inline uint32_t pagemap_pins(const struct pagemap *pm, uint64_t page)
 void pagemap_kill(struct pagemap *pm);
 /* Waits until no page has a reference and no page_free runs; -ETIMEDOUT. timeout_ns < 0: none. No locks held. */
 int pagemap_wait(struct pagemap *pm, int64_t timeout_ns);
+/* After kill and wait: where the process saw it is not its own any more, and may be another's. Else it stays as it is. */
+void pagemap_retire(struct pagemap *pm);
 /* After kill and wait. Frees everything. */
 void pagemap_destroy(struct pagemap *pm);
 

@@ -86,6 +86,16 @@ static inline uintptr_t block_addr(const struct block *b, unsigned i)
     return b->base + ((uintptr_t)i << os_page_shift());
 }
 
+/* Indices of the first page of [start, end) in a block that overlaps it, and behind its last. */
+static inline unsigned block_first(const struct block *b, uintptr_t start)
+{
+    return start <= b->base ? 0 : block_index(start);
+}
+static inline unsigned block_behind(const struct block *b, uintptr_t end)
+{
+    return end >= b->base + OS_BLOCK_SIZE ? block_pages() : block_index(end);
+}
+
 /* The block of an address or NULL. Caller holds the address-space lock. */
 struct block *pagetable_find(const struct pagetable *pt, uintptr_t addr);
 /* The same, created if missing; NULL without memory. */

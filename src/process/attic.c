@@ -10,7 +10,9 @@
  * In doubt, what an event is about to take away goes to the attic, with references, and a mark is made: one page after the other of an
  * area that children inherit, too, and which is registered, so that the child's userfaultfd can be asked whether the child has a
  * page of it. A child that has a mark was made after it: what went to the attic before is none of the child's business, and other memory may
- * stand there by then. A child that has not was made before: the attic has what it lacks, the oldest first.
+ * stand there by then. A child that has not was made before: the attic has what it lacks, the oldest first. A mark is made
+ * when an event is applied, and whoever caused it has gone on since it was read: so fork() waits until what was read is applied. (A raw
+ * clone() does not.)
  *
  * Out of doubt, which is nearly always, the area is not registered, and an event costs a look at the witness.
  */
@@ -23,11 +25,14 @@
 #include "debug/inject.h"
 #include "mm/thread.h"
 #include "os/own.h"
+#include "process/gather.h"
 #include "process/heir.h"
 
 #define MARKS 1024 /* then the last stands for what follows */
 #define REVIEW_NS 200000
 #define STOP_TRIES 100
+#define MARK_TRIES 5           /* of 1 ms: memory or mappings are short, and everybody waits meanwhile */
+#define MARK_NS 10000000000ull /* then not again for so long */
 
 static struct {
     struct mm *mm;
@@ -35,6 +40,7 @@ static struct {
     uint32_t *witness;
     char *marks; /* MARKS pages */
     bool doubt, registered;
+    uint64_t refused;      /* os_now() when the marks could not be registered; 0: they could */
     bool marked;           /* since events were last read */
     unsigned n;            /* marks made */
     struct estate *estate; /* MARKS: what was taken away before mark i was made, and after the one before */
@@ -58,22 +64,46 @@ void attic_reset(void)
 
 /* ---- doubt ---- */
 
+static void register_marks(void)
+{
+    int r = -ENOMEM;
+    if (attic.refused && os_now() - attic.refused < MARK_NS)
+        return;
+    for (unsigned tries = 0; r == -ENOMEM && tries < MARK_TRIES; tries++) {
+        if (tries)
+            os_sleep(1000000);
+        r = os->uffd_watch(attic.mm->uffd.fd, (uintptr_t)attic.marks, area_bytes());
+    }
+    attic.registered = !r;
+    attic.refused = r == -ENOMEM ? os_now() : 0;
+    if (r)
+        hmm_log(HMM_LOG_ERROR,
+                "fork: the marks of the library cannot be registered: %s; a child may find what its parent has dropped before",
+                hmm_strerror(r));
+}
+
 static void begin_doubt(void)
 {
     if (attic.doubt)
         return;
     attic.doubt = true;
-    attic.registered = os->uffd_watch(attic.mm->uffd.fd, (uintptr_t)attic.marks, area_bytes()) == 0;
+    register_marks();
     heirs_run(&attic.review);
+}
+
+/* Only library threads have the descriptor. */
+static bool unregister_marks(void)
+{
+    if (attic.registered && os->uffd_unregister(attic.mm->uffd.fd, (uintptr_t)attic.marks, area_bytes()))
+        return false;
+    attic.registered = false;
+    return true;
 }
 
 /* Takes the marks away for the next time. */
 static bool clear_marks(void)
 {
-    if (attic.registered && os->uffd_unregister(attic.mm->uffd.fd, (uintptr_t)attic.marks, area_bytes()))
-        return false;
-    attic.registered = false;
-    return os->advise(attic.marks, area_bytes(), OS_ADVISE_DONTNEED) == 0;
+    return unregister_marks() && os->advise(attic.marks, area_bytes(), OS_ADVISE_DONTNEED) == 0;
 }
 
 /* Moves what is in the attic to `old`, to be freed without locks. */
@@ -98,6 +128,8 @@ static void review(struct work *work, unsigned worker)
     attic_reset();
     bool over = os->uffd_pending(mm->uffd.fd) == 0 && !attic_may_have_forked(mm);
     bool stopping = !__atomic_load_n(&attic.running, __ATOMIC_SEQ_CST); /* nobody reads events any more */
+    for (unsigned tries = 0; stopping && !mutate("fork-unmark") && tries < STOP_TRIES && !unregister_marks(); tries++)
+        ; /* unmapping what is registered would wait for a reader */
     over = stopping || (over && clear_marks());
     if (over)
         end_doubt(&old);
@@ -155,10 +187,8 @@ void attic_give(struct mm *mm, int uffd, struct estate *e)
         else
             end = middle;
     }
-    for (; first < attic.n; first++)
-        estate_add_estate(e, &attic.estate[first]);
-    e->mixed |= e->n > 0; /* a page may be in there twice: the oldest counts */
-    begin_doubt();        /* the witness is mapped twice, and others may have forked */
+    gather(e, attic.estate + first, attic.n - first);
+    begin_doubt(); /* the witness is mapped twice, and others may have forked */
 }
 
 /* ---- life ---- */
@@ -198,10 +228,11 @@ void attic_ending(void)
 
 void attic_stop(void)
 {
-    for (unsigned tries = 0; tries < STOP_TRIES && !clear_marks();
-         tries++) /* unmapping what is registered would wait for a reader */
-        ;
-    own_unmap(attic.marks, area_bytes());
+    if (attic.registered && !mutate("fork-unmark"))
+        hmm_log(HMM_LOG_WARNING, "fork: %zu KiB of the library's own memory cannot be unregistered, and are not given back",
+                area_bytes() >> 10);
+    else
+        own_unmap(attic.marks, area_bytes());
     own_unmap(attic.witness, os_page_size());
     mem_free(attic.estate, MARKS * sizeof(*attic.estate));
 }

@@ -19,7 +19,7 @@ void attic_reset(void);
 void attic_reading(void);
 /* Entries of [start, end) are about to be dropped or moved. */
 void attic_change(struct mm *mm, uintptr_t start, uintptr_t end);
-/* A fork was read: adds to e what was taken away after it. uffd is the child's. */
+/* A fork was read: adds to e, which is empty, what was taken away after it, and what is away still. uffd is the child's. */
 void attic_give(struct mm *mm, int uffd, struct estate *e);
 
 #endif

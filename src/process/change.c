@@ -3,243 +3,31 @@
 #include "process/change.h"
 
 #include <errno.h>
-#include <limits.h>
+#include <stdio.h>
 
+#include "base/error.h"
 #include "base/futex.h"
 #include "debug/inject.h"
-#include "migrate/migrate.h"
-#include "mm/thread.h"
-#include "notifier/changing.h"
+#include "process/change_work.h"
+#include "process/crew.h"
 
 #define RELEASE_MAX_NS 1000000000ull /* that an exec or exit waits for devices */
-#define FREED_MAX_NS 100000000ull /* that the end of a change waits for device pages to be free: others' events stand before */
-#define NO_SLOT_NS 100000ull      /* until one is looked for again */
+#define NO_SLOT_NS 100000ull         /* until one is looked for again */
+#define STEP_NS 100000000ll          /* of a wait: a handler may have forked meanwhile, and nobody wakes the child */
 #define DETACH_MAX ((size_t)1 << 40) /* of a segment whose size is not known yet: what is asked about at first */
 
-/* SILENT: nobody was to be told, and no library thread knows of it. */
-enum step { STEP_SILENT, STEP_BEGINNING, STEP_BEGUN, STEP_ENDING, STEP_ENDED };
-
-/* What a slot of changing.h is used for here. The program's thread writes it before it hands it over, and only reads `step` then. */
-struct change {
-    struct work work;
-    enum hmm_change_kind kind;
-    uintptr_t start, end;
-    struct invalidation inv;
-    bool invalidating; /* begun and not ended */
-    bool away;         /* the call drops pages that are on a device or in flight */
-    bool waits;        /* the thread waits for STEP_ENDED, and leaves the slot */
-    uint32_t step;     /* futex */
-};
-
 static struct {
-    struct mm *mm;
     const uint32_t *alive; /* on a page that fork wipes: not 0 in the process that started */
     int pid;               /* of that process: a child of vfork sees all its memory */
-    uint32_t running;      /* atomic */
-    uint32_t users;        /* futex: changes that library threads know of */
-    struct workers changers, waiters;
-    struct change slot[CHANGING_SLOTS];
-} changes;
+    uint32_t running;      /* atomic: changes enter slots */
+    uint32_t accepting;    /* atomic: those that matter go to library threads */
+} life;
 
-static enum hmm_event_type type_of(enum hmm_change_kind kind)
-{
-    switch (kind) {
-    case HMM_CHANGE_CLEAR:
-    case HMM_CHANGE_GUARD: return HMM_EVENT_CLEAR;
-    case HMM_CHANGE_PROTECT: return HMM_EVENT_PROTECTION_VMA;
-    case HMM_CHANGE_RELEASE: return HMM_EVENT_RELEASE;
-    default: return HMM_EVENT_UNMAP;
-    }
-}
+/* Changes that this thread has begun and not ended. */
+static __thread unsigned mine __attribute__((tls_model("initial-exec")));
 
-static uint64_t *counter_of(enum hmm_change_kind kind)
-{
-    struct mm_stats *stats = &changes.mm->stats;
-    switch (kind) {
-    case HMM_CHANGE_CLEAR:
-    case HMM_CHANGE_GUARD: return &stats->calls_remove;
-    case HMM_CHANGE_REMAP: return &stats->calls_remap;
-    case HMM_CHANGE_PROTECT: return &stats->calls_protect;
-    case HMM_CHANGE_RELEASE: return &stats->calls_release;
-    default: return &stats->calls_unmap;
-    }
-}
-
-/* ---- in library threads ---- */
-
-static void set_step(struct change *c, enum step step)
-{
-    __atomic_store_n(&c->step, step, __ATOMIC_SEQ_CST);
-    futex_wake(&c->step, INT_MAX);
-}
-
-static void drop_user(void)
-{
-    if (__atomic_sub_fetch(&changes.users, 1, __ATOMIC_SEQ_CST) == 0)
-        futex_wake(&changes.users, INT_MAX);
-}
-
-static void finish(struct change *c)
-{
-    if (c->kind == HMM_CHANGE_CLEAR) /* the call has returned */
-        mm_dropped(changes.mm, c->start, c->end);
-    if (c->away && !mutate("change-freed"))
-        mm_limbo_wait(changes.mm, FREED_MAX_NS);
-    if (c->invalidating)
-        notifier_end(&changes.mm->notifiers, &c->inv);
-    if (c->waits) {
-        set_step(c, STEP_ENDED);
-        return;
-    }
-    changing_leave((int)(c - changes.slot));
-    drop_user();
-}
-
-static void finish_work(struct work *work, unsigned worker)
-{
-    (void)worker;
-    finish(container_of(work, struct change, work));
-}
-
-/* The program's thread goes on; or it does not wait any more, and has ended the change. */
-static void begun(struct change *c)
-{
-    uint32_t beginning = STEP_BEGINNING;
-    SEQ_POINT("change-begun");
-    if (__atomic_compare_exchange_n(&c->step, &beginning, STEP_BEGUN, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
-        futex_wake(&c->step, INT_MAX);
-    else
-        finish(c);
-}
-
-static bool nobody(uintptr_t start, uintptr_t end, void *arg)
-{
-    (void)arg;
-    struct mm *mm = changes.mm;
-    return !region_any(&mm->regions, start, end) && !pagetable_next(&mm->pt, start, end) &&
-           !notifier_any(&mm->notifiers, start, end);
-}
-
-/* The map of memory that matters is coarse, and only ever grows by itself: what was nobody's is taken out of it here. */
-static bool matters_to_nobody(struct change *c)
-{
-    struct mm *mm = changes.mm;
-    rwlock_read_lock(&mm->as);
-    bool yes = nobody(c->start, c->end, NULL);
-    if (yes)
-        changing_unmark(c->start, c->end, nobody, NULL);
-    rwlock_read_unlock(&mm->as);
-    return yes;
-}
-
-/* Whether the block has an entry of this kind in the range; ENTRY_NONE: any entry. Caller holds mm->as. */
-static bool block_has(struct block *b, uintptr_t start, uintptr_t end, enum entry_kind kind)
-{
-    bool found = false;
-    unsigned i = start <= b->base ? 0 : block_index(start);
-    unsigned behind = end >= b->base + OS_BLOCK_SIZE ? block_pages() : block_index(end);
-    mutex_lock(&b->lock);
-    for (; i < behind && b->used && !found; i++) {
-        entry_t e = block_entry(b, i);
-        found = kind == ENTRY_NONE ? e != 0 : entry_kind(e) == kind;
-    }
-    mutex_unlock(&b->lock);
-    return found;
-}
-
-/* *landings, as it was then, is for flight_wait(). */
-static bool range_has(struct mm *mm, uintptr_t start, uintptr_t end, enum entry_kind kind, uint32_t *landings)
-{
-    bool found = false;
-    rwlock_read_lock(&mm->as);
-    *landings = __atomic_load_n(&mm->landings, __ATOMIC_SEQ_CST);
-    for (struct block *b = pagetable_next(&mm->pt, start, end); b && !found;
-         b = pagetable_next(&mm->pt, b->base + OS_BLOCK_SIZE, end))
-        found = block_has(b, start, end, kind);
-    rwlock_read_unlock(&mm->as);
-    return found;
-}
-
-static bool is_away(struct mm *mm, uintptr_t start, uintptr_t end)
-{
-    uint32_t unused;
-    return range_has(mm, start, end, ENTRY_NONE, &unused);
-}
-
-/* No page of the range leaves for a device any more: changing_keeps_off() is asked under mm->as. What is already on its way is met there.
- * A page that is pinned on its device stays. */
-static void bring_home(struct mm *mm, uintptr_t start, uintptr_t end)
-{
-    uint32_t landings;
-    rwlock_write_lock(&mm->as); /* whoever asked before we said so has taken its pages */
-    rwlock_write_unlock(&mm->as);
-    while (range_has(mm, start, end, ENTRY_FLIGHT, &landings))
-        flight_wait(mm, landings);
-    migrate_range_to_system(mm, NULL, start, end, NULL);
-}
-
-/* Devices have let go. */
-static void prepare(struct change *c)
-{
-    struct mm *mm = changes.mm;
-    switch (c->kind) {
-    case HMM_CHANGE_UNMAP:
-    case HMM_CHANGE_REMAP:
-    case HMM_CHANGE_DETACH:
-        c->away = is_away(mm, c->start, c->end);
-        if (!c->away && !mutate("change-release")) /* an event would cost more than the call */
-            mm_release(mm, c->start, c->end);
-        break;
-    case HMM_CHANGE_CLEAR: c->away = is_away(mm, c->start, c->end); break;
-    case HMM_CHANGE_GUARD:
-        if (is_away(mm, c->start, c->end) && !mutate("change-guard"))
-            bring_home(mm, c->start, c->end);
-        break;
-    default: break;
-    }
-}
-
-static void wait_for_devices(struct work *work, unsigned worker)
-{
-    (void)worker;
-    struct change *c = container_of(work, struct change, work);
-    notifier_call(&changes.mm->notifiers, &c->inv, NOTIFIER_WAIT);
-    prepare(c);
-    begun(c);
-}
-
-/* What shmdt will unmap: mapped as one, and cut by nobody but the program itself. */
-static void find_segment(struct change *c)
-{
-    struct os_vma vma;
-    bool found = os->vma_query(changes.mm->maps_fd, c->start, &vma) == 0 && vma.start <= c->start;
-    c->end = found ? vma.end : c->start + os_page_size();
-}
-
-static void begin_work(struct work *work, unsigned worker)
-{
-    (void)worker;
-    struct change *c = container_of(work, struct change, work);
-    if (c->kind == HMM_CHANGE_DETACH)
-        find_segment(c);
-    if (matters_to_nobody(c)) {
-        begun(c);
-        return;
-    }
-    stat_add(counter_of(c->kind), 1);
-    c->invalidating = true;
-    notifier_begin(&changes.mm->notifiers, &c->inv, c->start, c->end, type_of(c->kind), NULL);
-    bool told = mutate("change-call") || notifier_call(&changes.mm->notifiers, &c->inv, NOTIFIER_BRIEFLY) == 0;
-    if (told && c->kind != HMM_CHANGE_GUARD) {
-        prepare(c);
-        begun(c);
-        return;
-    }
-    work_init(&c->work, wait_for_devices);
-    workers_queue(&changes.waiters, &c->work);
-}
-
-/* ---- in the program's threads ---- */
+/* Slots for its first, second and third: who waits for one more must not keep others from the same. */
+static const unsigned slots_for[] = {CHANGING_SLOTS - 32, CHANGING_SLOTS - 8, CHANGING_SLOTS};
 
 /* Widens to pages. False: nothing, or it wraps. */
 static bool widen(enum hmm_change_kind kind, uintptr_t addr, size_t len, uintptr_t *start, uintptr_t *end)
@@ -254,6 +42,13 @@ static bool widen(enum hmm_change_kind kind, uintptr_t addr, size_t len, uintptr
     return len && addr + len >= addr && *end > *start;
 }
 
+/* Of huge pages mremap takes whole ones. No more is asked about for it: the marks of changing.h are as coarse. */
+static uintptr_t round_up_to_huge(uintptr_t end)
+{
+    uintptr_t up = (end + OS_BLOCK_SIZE - 1) & BLOCK_MASK;
+    return up > end && !mutate("change-huge") ? up : end;
+}
+
 /* Library threads change memory of their own and of the program's in steps that have their own rules; who holds a lock must not wait. */
 static bool is_inside(void)
 {
@@ -262,28 +57,24 @@ static bool is_inside(void)
 
 static bool is_running(void)
 {
-    const uint32_t *alive = __atomic_load_n(&changes.alive, __ATOMIC_ACQUIRE);
-    return __atomic_load_n(&changes.running, __ATOMIC_SEQ_CST) && alive && __atomic_load_n(alive, __ATOMIC_RELAXED);
+    const uint32_t *alive = __atomic_load_n(&life.alive, __ATOMIC_ACQUIRE);
+    return __atomic_load_n(&life.running, __ATOMIC_SEQ_CST) && alive && __atomic_load_n(alive, __ATOMIC_RELAXED);
 }
 
-/* The manager stays until drop_user(). */
+/* A signal handler may have forked since the change began. */
+static bool in_child(void)
+{
+    return !__atomic_load_n(life.alive, __ATOMIC_RELAXED) && !mutate("change-child");
+}
+
+/* The manager stays until change_drop_user(). */
 static bool add_user(void)
 {
-    if (os_pid() != changes.pid) /* a child of vfork: its own threads of control are not ours to stop */
-        return false;
     __atomic_fetch_add(&changes.users, 1, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&changes.running, __ATOMIC_SEQ_CST))
+    if (__atomic_load_n(&life.accepting, __ATOMIC_SEQ_CST))
         return true;
-    drop_user();
+    change_drop_user();
     return false;
-}
-
-static int enter(uintptr_t start, uintptr_t end)
-{
-    int s;
-    while ((s = changing_enter(start, end)) < 0)
-        os_sleep(NO_SLOT_NS);
-    return s;
 }
 
 /* By name, where it is known. */
@@ -293,7 +84,45 @@ static void complain(void)
     char text[256] = "a device";
     if (notifier_overdue(&changes.mm->notifiers, NULL, RELEASE_MAX_NS / 2, &o))
         notifier_overdue_text(&changes.mm->notifiers, &o, text, sizeof(text));
-    hmm_log(HMM_LOG_WARNING, "exec or exit: not waited any longer for devices to let go: %s", text);
+    log_later(HMM_LOG_WARNING, "exec or exit: not waited any longer for devices to let go: %s", text);
+}
+
+/* -1: none came free in the time that this change may wait. */
+static int enter(enum hmm_change_kind kind, uintptr_t start, uintptr_t end)
+{
+    int s;
+    unsigned nth = mutate("change-nested") || mine >= ARRAY_LEN(slots_for) ? ARRAY_LEN(slots_for) - 1 : mine;
+    for (uint64_t since = 0; (s = changing_enter_below(start, end, slots_for[nth])) < 0; os_sleep(NO_SLOT_NS)) {
+        uint64_t now = os_now();
+        since = since ? since : now;
+        if (in_child())
+            return -1;
+        if (kind != HMM_CHANGE_RELEASE || now - since <= RELEASE_MAX_NS)
+            continue;
+        if (add_user()) {
+            complain();
+            change_drop_user();
+        }
+        return -1;
+    }
+    return s;
+}
+
+/* Whether this thread has begun such a change of more: each call under libhmm-preload.so that was made as hmm_munmap() or its like
+ * comes by a second time. */
+static bool is_covered(enum hmm_change_kind kind, uintptr_t start, uintptr_t end)
+{
+    void *me = __builtin_thread_pointer();
+    for (int s = 0; s < CHANGING_SLOTS && !mutate("change-twice"); s++) {
+        const struct change *c = &changes.slot[s];
+        if (__atomic_load_n(&c->owner, __ATOMIC_RELAXED) != me || c->kind != kind || c->start > start || !changing_stands(s))
+            continue;
+        uint32_t step = __atomic_load_n(&c->step, __ATOMIC_SEQ_CST);
+        bool whole = kind == HMM_CHANGE_DETACH ? c->start == start : end <= c->end;
+        if (whole && (step == STEP_SILENT || step == STEP_BEGUN || kind == HMM_CHANGE_RELEASE))
+            return true;
+    }
+    return false;
 }
 
 static void wait_begun(struct change *c)
@@ -305,37 +134,74 @@ static void wait_begun(struct change *c)
             complain();
             return;
         }
-        futex_wait(&c->step, STEP_BEGINNING, release ? (int64_t)(RELEASE_MAX_NS / 10) : -1);
+        if (futex_wait(&c->step, STEP_BEGINNING, STEP_NS) == -ETIMEDOUT)
+            crew_grow();
+        if (in_child())
+            return;
     }
 }
 
-uint32_t change_begin(enum hmm_change_kind kind, uintptr_t addr, size_t len)
+/* Owned from here on. */
+static struct change *take_slot(int s, enum hmm_change_kind kind, uintptr_t start, uintptr_t end, uintptr_t source)
+{
+    struct change *c = &changes.slot[s];
+    c->kind = kind;
+    c->start = start;
+    c->end = end;
+    c->source = source;
+    __atomic_store_n(&c->step, STEP_SILENT, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&c->owner, __builtin_thread_pointer(), __ATOMIC_RELAXED);
+    mine++;
+    if (kind == HMM_CHANGE_GUARD) /* no event tells of it: what leaves meanwhile would be under the guards */
+        changing_apart(s);
+    return c;
+}
+
+static void disown(struct change *c)
+{
+    if (__atomic_exchange_n(&c->owner, NULL, __ATOMIC_RELAXED) == __builtin_thread_pointer() && mine)
+        mine--;
+}
+
+static uint32_t begin(enum hmm_change_kind kind, uintptr_t addr, size_t len, uintptr_t source)
 {
     uintptr_t start, end;
-    if (!is_running() || !widen(kind, addr, len, &start, &end) || is_inside())
+    if (!is_running() || !widen(kind, addr, len, &start, &end) || is_inside() || (mine && is_covered(kind, start, end)))
         return CHANGE_NONE;
-    int s = enter(start, end);
-    struct change *c = &changes.slot[s];
-    c->step = STEP_SILENT;
+    int s = enter(kind, start, source ? round_up_to_huge(end) : end);
+    if (s < 0)
+        return CHANGE_NONE;
+    struct change *c = take_slot(s, kind, start, end, source);
     if (!changing_matters(start, end)) {
         SEQ_POINT("change-silent");
         return (uint32_t)s;
     }
-    if (!add_user()) {
+    if (os_pid() != life.pid) { /* a child of vfork: its own threads of control are not ours to stop */
+        disown(c);
         changing_leave(s);
         return CHANGE_NONE;
     }
-    c->kind = kind;
-    c->start = start;
-    c->end = end;
+    if (!add_user()) /* the last device ends: who comes with a new one waits for the slot */
+        return (uint32_t)s;
     c->invalidating = c->away = c->waits = false;
     __atomic_store_n(&c->step, STEP_BEGINNING, __ATOMIC_SEQ_CST);
+    changing_narrow(s, start, end); /* of what is beyond it the asker tells, if it is the kernel's */
     changing_announce(s);
-    work_init(&c->work, begin_work);
-    workers_queue(&changes.changers, &c->work);
+    work_init(&c->work, change_ask);
+    crew_queue(CREW_ASKERS, &c->work);
     wait_begun(c);
     SEQ_POINT("change-made");
     return (uint32_t)s;
+}
+
+uint32_t change_begin(enum hmm_change_kind kind, uintptr_t addr, size_t len)
+{
+    return begin(kind, addr, len, kind == HMM_CHANGE_REMAP ? addr : 0);
+}
+
+uint32_t change_begin_target(uintptr_t addr, size_t len, uintptr_t source)
+{
+    return begin(HMM_CHANGE_UNMAP, addr, len, source);
 }
 
 void change_end(uint32_t s)
@@ -344,23 +210,30 @@ void change_end(uint32_t s)
         return;
     struct change *c = &changes.slot[s];
     uint32_t step = __atomic_load_n(&c->step, __ATOMIC_SEQ_CST);
+    disown(c);
     if (step == STEP_SILENT) {
         changing_leave((int)s);
         return;
     }
+    if (in_child() || step == STEP_ENDED) /* nobody is there to end it; with its first device the child forgets it */
+        return;
+    c->made = os_now();
     changing_made((int)s);
     bool waits = step == STEP_BEGUN && c->away;
     c->waits = waits;
     if (__atomic_exchange_n(&c->step, STEP_ENDING, __ATOMIC_SEQ_CST) == STEP_BEGINNING)
         return; /* it was not waited for: whoever finishes the beginning ends it */
-    work_init(&c->work, finish_work);
-    workers_queue(&changes.changers, &c->work);
+    work_init(&c->work, change_finish);
+    crew_queue(CREW_FINISHERS, &c->work);
     if (!waits)
         return;
-    while (__atomic_load_n(&c->step, __ATOMIC_SEQ_CST) == STEP_ENDING)
-        futex_wait(&c->step, STEP_ENDING, -1);
+    while (__atomic_load_n(&c->step, __ATOMIC_SEQ_CST) == STEP_ENDING) {
+        futex_wait(&c->step, STEP_ENDING, STEP_NS);
+        if (in_child())
+            return;
+    }
     changing_leave((int)s);
-    drop_user();
+    change_drop_user();
 }
 
 /* ---- life ---- */
@@ -371,32 +244,57 @@ int change_start(struct mm *mm, const uint32_t *alive, unsigned n)
     if (r)
         return r;
     changes.mm = mm;
-    changes.pid = os_pid();
-    r = workers_start(&changes.changers, "hmm-change", n);
+    life.pid = os_pid();
+    r = crew_start(n);
     if (r)
         return r;
-    r = workers_start(&changes.waiters, "hmm-change-wait", n);
-    if (r) {
-        workers_stop(&changes.changers);
-        return r;
-    }
-    __atomic_store_n(&changes.alive, alive, __ATOMIC_RELEASE);
-    __atomic_store_n(&changes.running, 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&life.alive, alive, __ATOMIC_RELEASE);
+    __atomic_store_n(&life.running, 1, __ATOMIC_SEQ_CST);
     return 0;
+}
+
+void change_accept(bool on)
+{
+    __atomic_store_n(&life.accepting, on, __ATOMIC_SEQ_CST);
+}
+
+bool change_quiet(int64_t timeout_ns)
+{
+    uint32_t n = __atomic_load_n(&changes.users, __ATOMIC_SEQ_CST);
+    if (n)
+        futex_wait(&changes.users, n, timeout_ns);
+    return __atomic_load_n(&changes.users, __ATOMIC_SEQ_CST) == 0;
+}
+
+void change_text(char *buf, size_t size)
+{
+    snprintf(buf, size, "a change that was announced has not ended");
+    for (int s = 0; s < CHANGING_SLOTS; s++) {
+        const struct change *c = &changes.slot[s];
+        if (__atomic_load_n(&c->owner, __ATOMIC_RELAXED) && __atomic_load_n(&c->step, __ATOMIC_SEQ_CST) != STEP_SILENT)
+            snprintf(buf, size, "a change of [%#lx, %#lx) was announced and has not ended", (unsigned long)c->start,
+                     (unsigned long)c->end);
+    }
 }
 
 void change_stop(void)
 {
-    __atomic_store_n(&changes.running, 0, __ATOMIC_SEQ_CST);
-    for (uint32_t n; (n = __atomic_load_n(&changes.users, __ATOMIC_SEQ_CST)) != 0;)
-        futex_wait(&changes.users, n, -1);
-    workers_stop(&changes.waiters);
-    workers_stop(&changes.changers);
+    change_accept(false);
+    __atomic_store_n(&life.running, 0, __ATOMIC_SEQ_CST);
+    while (!change_quiet(-1))
+        ;
+    crew_stop();
 }
 
 void change_forget(void)
 {
-    changes.running = 0;
+    life.running = life.accepting = 0;
     changes.users = 0;
+    crew_forget();
+    for (int s = 0; s < CHANGING_SLOTS; s++) {
+        changes.slot[s].owner = NULL;
+        changes.slot[s].step = STEP_ENDED;
+    }
+    mine = 0;
     changing_forget();
 }

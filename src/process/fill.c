@@ -13,6 +13,7 @@
 #define HALF_PAGES 1024            /* by each of two threads */
 #define WIPED 64                   /* mappings looked at in one go */
 #define WAIT_NS 100000             /* memory is short */
+#define POISON_TRIES 200           /* of 1 ms */
 #define PATIENCE_NS 10000000000ull /* with a device that does not give its pages */
 
 /* COPY by a second thread: the kernel's work for one page is longer than the memory's. */
@@ -36,16 +37,27 @@ void fill_wake(struct heir *h, uintptr_t addr, uint64_t pages)
         os->uffd_wake(h->uffd, addr, page_bytes(pages));
 }
 
-/* The program asked that children find nothing there. Read once, before anything is filled: what was asked before the fork. */
+/* The end of all that the estate gives. */
+static uintptr_t end_of_all(const struct estate *e)
+{
+    uintptr_t end = 0;
+    for (size_t i = 0; i < e->n; i++)
+        if (e->v[i].addr + page_bytes(e->v[i].pages) > end)
+            end = e->v[i].addr + page_bytes(e->v[i].pages);
+    return end;
+}
+
+/* The program asked that children find nothing there. Read once, before anything is filled: what was asked before the fork. The kernel
+ * counts pages for it: no further than needed. */
 void fill_leave_out_wiped(struct heir *h)
 {
     struct os_region v[WIPED];
-    uintptr_t at = 0;
+    uintptr_t at = 0, end = end_of_all(&h->estate);
     h->looked = true;
-    if (mutate("fork-wipe"))
+    if (!end || mutate("fork-wipe"))
         return;
     for (int n = WIPED; n == WIPED;) {
-        n = os->marked(OS_MARK_WIPE, at, UINTPTR_MAX, v, WIPED);
+        n = os->marked(OS_MARK_WIPE, at, end, v, WIPED);
         if (n < 0) {
             os_sleep(WAIT_NS);
             n = WIPED;
@@ -154,15 +166,22 @@ static bool is_given_up(struct heir *h)
     return now - h->failing_since > PATIENCE_NS;
 }
 
-static void give_up(struct heir *h, size_t i)
+/* As fill(). Where the child does not have the page any more (ENOENT), or has it already (EEXIST), there is nothing to be poisoned. */
+static int give_up(struct heir *h, size_t i, int64_t err)
 {
     const struct estate_run *r = &h->estate.v[i];
-    if (poison(h, r, 1) <= 0)
-        return;
-    hmm_log(HMM_LOG_ERROR,
-            "device %s did not give page %#lx to a child of fork: its content is lost there, touching it is SIGBUS",
-            pagemap_by_id(r->pagemap)->dev->driver->name, (unsigned long)r->addr);
+    int64_t done = poison(h, r, 1);
+    if (done == -ESRCH || done == 0) /* 0: a message was full */
+        return (int)done;
+    if (done == -EAGAIN || done == -ENOMEM)
+        return -EAGAIN;
+    if (done > 0)
+        hmm_log(HMM_LOG_ERROR,
+                "%s did not give page %#lx to a child of fork (%s): its content is lost there, touching it is SIGBUS",
+                r->pagemap ? pagemap_by_id(r->pagemap)->dev->driver->name : "staging", (unsigned long)r->addr,
+                hmm_strerror((int)err));
     given(h, i, 1);
+    return 0;
 }
 
 /* Gives the beginning of run i. Pages given; 0: some were skipped; or -EAGAIN, -ESRCH. */
@@ -182,11 +201,10 @@ static int fill(struct heir *h, size_t i)
         h->chunk = h->chunk * 2 < CHUNK_PAGES ? h->chunk * 2 : CHUNK_PAGES;
         return (int)pages;
     }
-    if (done == -EIO && is_given_up(h)) {
-        give_up(h, i);
-        return 0;
-    }
-    if (done == -EAGAIN || done == -ENOMEM || done == -EIO)
+    bool failed = done == -EIO || done == -EFAULT; /* the source */
+    if (failed && is_given_up(h))
+        return give_up(h, i, done);
+    if (done == -EAGAIN || done == -ENOMEM || failed)
         return -EAGAIN;
     if (done == -ESRCH || done == 0) /* 0: a message was full */
         return (int)done;
@@ -210,6 +228,13 @@ size_t fill_next(struct heir *h)
     return e->n;
 }
 
+/* Of a child that is given nothing just now: it is offered a page where nothing is registered. */
+static bool is_gone(struct heir *h)
+{
+    return heir_is_by_event(h) ? os->uffd_zeropage(h->uffd, (uintptr_t)heirs.board, page_bytes(1)) == -ESRCH
+                               : packer_is_gone(&h->packer);
+}
+
 int fill_slice(struct heir *h)
 {
     int r = 0;
@@ -217,19 +242,49 @@ int fill_slice(struct heir *h)
         follow_child(h);
         size_t i = fill_next(h);
         if (i == h->estate.n)
-            return h->estate.pages ? -EAGAIN : 0;
+            return !h->estate.pages ? 0 : is_gone(h) ? -ESRCH : -EAGAIN;
         r = fill(h, i);
     }
     return r < 0 ? r : 0;
 }
 
+/* As long as an event of the child is pending, that is refused, too: a child that runs is waited for. Pages that are refused for good. */
+static uint64_t poison_all(struct heir *h)
+{
+    struct estate *e = &h->estate;
+    for (unsigned tries = 0; e->pages && tries < POISON_TRIES;) {
+        size_t i = 0;
+        follow_child(h);
+        while (i < e->n && !e->v[i].pages)
+            i++;
+        if (i == e->n)
+            break;
+        uint32_t pages = e->v[i].pages;
+        int64_t r = poison(h, &e->v[i], pages);
+        if (r == -ESRCH)
+            return 0;
+        if (r == -EAGAIN || r == -ENOMEM) {
+            tries++;
+            os_sleep(1000000);
+        } else {
+            estate_consume(e, i, r > 0 ? pages_of(r) : 1);
+        }
+    }
+    return e->pages;
+}
+
 void fill_poison_rest(struct heir *h)
 {
-    hmm_log(HMM_LOG_ERROR, "a child of fork does not take its memory: %llu pages of it are lost there, touching them is SIGBUS",
-            (unsigned long long)h->estate.pages);
-    for (size_t i = 0; i < h->estate.n && heir_is_by_event(h); i++)
-        while (h->estate.v[i].pages) {
-            int64_t r = poison(h, &h->estate.v[i], h->estate.v[i].pages);
-            estate_consume(&h->estate, i, r > 0 ? (uint32_t)(r >> os_page_shift()) : 1);
-        }
+    unsigned long long pages = h->estate.pages, zeros = heir_is_by_event(h) ? poison_all(h) : 0;
+    if (heir_is_by_event(h))
+        hmm_log(HMM_LOG_ERROR,
+                "a child of fork did not get %llu pages of its memory before the last device was closed: touching them is "
+                "SIGBUS, but for %llu that read as zeros there, because it is stopped in the middle of a call; let children "
+                "go on before that",
+                pages, zeros);
+    else
+        hmm_log(HMM_LOG_ERROR,
+                "a child of fork did not get %llu pages of its memory before the last device was closed: it ends when it goes "
+                "on; let children go on before that",
+                pages);
 }

@@ -16,6 +16,7 @@
 #include "process/heirs.h"
 
 #include <errno.h>
+#include <string.h>
 
 #include "debug/inject.h"
 
@@ -42,17 +43,30 @@ void follow_drop(struct heir *h, uintptr_t start, uintptr_t end)
 
 static void owe(struct heir *h, uintptr_t start, uintptr_t end)
 {
+    h->owes = true;
     for (unsigned i = 0; i < DEBTS; i++)
         if (h->debts[i].start == h->debts[i].end) {
             h->debts[i] = (struct debt){start, end};
             return;
         }
+    hmm_log(HMM_LOG_ERROR,
+            "more than %d unmaps overtaken by remaps in a child of fork: pages of [%#lx, %#lx) may be lost there", DEBTS,
+            (unsigned long)start, (unsigned long)end);
+}
+
+/* An unmap that is owed keeps an event pending until it has been read: some were owed by mistake. */
+static void forget_debts(struct heir *h)
+{
+    if (!h->owes || os->uffd_pending(h->uffd) != 0 || mutate("fork-child-stale"))
+        return;
+    memset(h->debts, 0, sizeof(h->debts));
+    h->owes = false;
 }
 
 /* Applies an unmap but for what is owed, which concerns an older mapping. */
 static void unmapped(struct heir *h, uintptr_t start, uintptr_t end)
 {
-    for (unsigned i = 0; i < DEBTS && start < end; i++) {
+    for (unsigned i = 0; i < DEBTS; i++) {
         struct debt *d = &h->debts[i];
         if (d->start == d->end || d->end <= start || d->start >= end)
             continue;
@@ -61,21 +75,51 @@ static void unmapped(struct heir *h, uintptr_t start, uintptr_t end)
         d->end = from;
         if (rest.start < rest.end)
             owe(h, rest.start, rest.end);
-        if (from > start)
-            follow_drop(h, start, from);
-        start = to;
+        if (start < from)
+            unmapped(h, start, from); /* another debt may lie there */
+        if (to < end)
+            unmapped(h, to, end);
+        return;
     }
-    if (start < end)
-        follow_drop(h, start, end);
+    follow_drop(h, start, end);
+    region_cut(&h->known, start, end);
+}
+
+/*
+ * What is registered at the target, or left there by a remap, belongs to a mapping whose unmap is still to be told, with all that
+ * was unmapped with it, registered or not: the whole target is owed. Where too much is owed, what was unmapped is offered in vain.
+ */
+static void clear_target(struct heir *h, uintptr_t start, uintptr_t end)
+{
+    bool gives = estate_next(&h->estate, start, end) < end || estate_find(&h->estate, start) < h->estate.n;
+    if ((gives || region_any(&h->known, start, end)) && !mutate("fork-child-left"))
+        owe(h, start, end);
+    region_cut(&h->known, start, end);
+    follow_drop(h, start, end);
 }
 
 static void remapped(struct heir *h, uintptr_t from, uintptr_t to, size_t len)
 {
-    if (estate_next(&h->estate, to, to + len) < to + len || estate_find(&h->estate, to) < h->estate.n) {
-        owe(h, to, to + len);
-        follow_drop(h, to, to + len);
+    uintptr_t end = from + len, part_end;
+    struct region *r;
+    clear_target(h, to, to + len);
+    estate_move(&h->estate, from, end, to - from);
+    for (uintptr_t at = from; (r = region_next(&h->known, at)) && r->start < end; at = part_end) {
+        uintptr_t start = r->start > from ? r->start : from;
+        bool left = r->state == REGION_LEFT;
+        part_end = r->end < end ? r->end : end;
+        region_cut(&h->known, start, part_end);
+        region_insert_must(&h->known, start, part_end, true, REGION_LEFT);
+        if (!left)
+            region_insert_must(&h->known, start - from + to, part_end - from + to, true, REGION_PROVED);
     }
-    estate_move(&h->estate, from, from + len, to - from);
+}
+
+void follow_regions(struct heir *h, const struct regions *from)
+{
+    for (const struct region *r = region_next(from, 0); r; r = region_next(from, r->end))
+        if (r->state != REGION_UNPROVED)
+            region_insert_must(&h->known, r->start, r->end, true, r->state);
 }
 
 static void touched(struct heir *h, uintptr_t addr)
@@ -97,7 +141,9 @@ static void touched(struct heir *h, uintptr_t addr)
 void follow_child(struct heir *h)
 {
     struct uffd_msg m[MESSAGES];
-    for (int n; heir_is_by_event(h) && (n = os->uffd_read(h->uffd, m, MESSAGES)) > 0;)
+    for (int n = 1; heir_is_by_event(h) && n > 0;) {
+        forget_debts(h);
+        n = os->uffd_read(h->uffd, m, MESSAGES);
         for (int i = 0; i < n; i++)
             switch (m[i].event) {
             case UFFD_EVENT_PAGEFAULT: touched(h, m[i].arg.pagefault.address & ~(uintptr_t)(os_page_size() - 1)); break;
@@ -110,4 +156,5 @@ void follow_child(struct heir *h)
                 break;
             default: break;
             }
+    }
 }

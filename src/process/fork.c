@@ -69,7 +69,6 @@ static void on_fork(struct mm *mm, int uffd)
     SEQ_POINT("fork-read");
     estate_init(&e, mm, capture_new(mm));
     attic_give(mm, uffd, &e);
-    estate_add_entries(&e, 0, UINTPTR_MAX);
     capture_begin(e.capture);
     heir_new(mm, uffd, &e);
 }
@@ -79,33 +78,50 @@ static const struct fork_hooks hooks = {
 
 /* ---- waiting for children's memory ---- */
 
-static bool is_settled(const struct heir_board *b, uint32_t number)
+/* All forks behind `after` up to `number`. Children of 256 forks ago are waited for, too. */
+static bool is_settled(const struct heir_board *b, uint32_t after, uint32_t number)
 {
-    return (int32_t)(__atomic_load_n(&b->settled, __ATOMIC_ACQUIRE) - number) >= 0;
+    if ((int32_t)(__atomic_load_n(&b->settled, __ATOMIC_ACQUIRE) - number) >= 0)
+        return true;
+    for (uint32_t n = after + 1, k = 0; (int32_t)(number - n) >= 0 && k < HEIR_SLOTS; n++, k++)
+        if (__atomic_load_n(&b->under_way[n % HEIR_SLOTS], __ATOMIC_ACQUIRE))
+            return false;
+    return !mutate("fork-others");
 }
 
-/* The number of the last fork that the kernel has told of. Whoever forked goes on when its event is read, a little before it is applied. */
-static uint32_t last_fork(const struct heir_board *b)
+/* Whoever sent an event goes on when it is read, a little before it is applied. False: the reader is at it still, or is not there any
+ * more. */
+static bool wait_applied(const struct heir_board *b)
 {
     uint32_t reading = __atomic_load_n(&b->reading, __ATOMIC_SEQ_CST);
-    for (unsigned i = 0; reading & 1 && i < READING_STEPS && __atomic_load_n(&b->reading, __ATOMIC_SEQ_CST) == reading; i++)
+    for (unsigned i = 0; i < READING_STEPS; i++) {
+        if (!(reading & 1) || __atomic_load_n(&b->reading, __ATOMIC_SEQ_CST) != reading)
+            return true;
         os_sleep(READING_NS);
+    }
+    return false;
+}
+
+/* The number of the last fork that the kernel has told of. */
+static uint32_t last_fork(const struct heir_board *b)
+{
+    wait_applied(b);
     return __atomic_load_n(&b->started, __ATOMIC_SEQ_CST);
 }
 
-/* False: no progress for too long, or nobody is there who could make any. */
-static bool wait_settled(const struct heir_board *b, uint32_t number, bool (*gone)(void))
+/* For the children of forks behind `after`. False: no progress for too long, or nobody is there who could make any. */
+static bool wait_settled(const struct heir_board *b, uint32_t after, bool (*gone)(void))
 {
-    uint32_t moves = __atomic_load_n(&b->moves, __ATOMIC_RELAXED);
-    for (unsigned steps = 0; !is_settled(b, number); steps++) {
-        uint32_t seen = __atomic_load_n(&b->settled, __ATOMIC_ACQUIRE), now = __atomic_load_n(&b->moves, __ATOMIC_RELAXED);
+    uint32_t moves = __atomic_load_n(&b->moves, __ATOMIC_RELAXED), number = last_fork(b);
+    for (unsigned steps = 0; !is_settled(b, after, number); steps++) {
+        uint32_t seen = __atomic_load_n(&b->ended, __ATOMIC_ACQUIRE), now = __atomic_load_n(&b->moves, __ATOMIC_RELAXED);
         if (now != moves)
             steps = 0;
         moves = now;
         if (steps >= SETTLE_STEPS || (gone && gone()))
             return false;
-        if (!is_settled(b, number))
-            futex_wait_common(&b->settled, seen, SETTLE_STEP_NS);
+        if (!is_settled(b, after, number))
+            futex_wait_common(&b->ended, seen, SETTLE_STEP_NS);
     }
     return true;
 }
@@ -127,15 +143,22 @@ static void leave(void)
     futex_wake(&forks.users, INT_MAX);
 }
 
+/* Caller has entered. */
+static bool settle(uint32_t after)
+{
+    bool done = wait_settled(forks.board, after, NULL);
+    if (!done)
+        hmm_log(HMM_LOG_WARNING,
+                "fork: a child has not got all of its memory for 10 s; if this process ends before, it is lost there");
+    return done;
+}
+
 bool fork_settle(void)
 {
     if (!enter())
         return true;
-    bool done = wait_settled(forks.board, last_fork(forks.board), NULL);
+    bool done = settle(__atomic_load_n(&forks.board->settled, __ATOMIC_ACQUIRE));
     leave();
-    if (!done)
-        hmm_log(HMM_LOG_WARNING,
-                "fork: a child has not got all of its memory for 10 s; if this process ends before, it is lost there");
     return done;
 }
 
@@ -143,15 +166,28 @@ bool fork_settle(void)
 
 /* The handlers of a thread's fork() belong together: what the first entered the others leave. */
 static __thread bool forking __attribute__((tls_model("initial-exec")));
+static __thread uint32_t forks_before __attribute__((tls_model("initial-exec")));
+
+/* What this thread has dropped is dropped in the child: its event must not be taken for one that came after the fork. */
+static void begin_by_event(void)
+{
+    while (!mutate("fork-unapplied") && !wait_applied(forks.board))
+        ;
+}
 
 static void before_fork(void)
 {
     int err = errno;
     forking = enter();
-    if (forking)
+    if (forking) {
         stat_add(&forks.mm->stats.calls_fork, 1);
-    if (forking && !mm_has_fork_event(forks.mm))
-        window_open();
+        forks_before = __atomic_load_n(&forks.board->started, __ATOMIC_SEQ_CST);
+        if (mm_has_fork_event(forks.mm))
+            begin_by_event();
+        else
+            window_open();
+    }
+    SEQ_POINT("fork-before");
     errno = err;
 }
 
@@ -164,7 +200,7 @@ static void after_fork_in_parent(void)
     if (!mm_has_fork_event(forks.mm))
         window_close();
     if (!mutate("fork-settle"))
-        fork_settle();
+        settle(forks_before); /* also when the last device is being closed meanwhile */
     leave();
     forking = false;
     errno = err;
@@ -226,11 +262,23 @@ fail:
     return hmm_fail(r, "no memory for what children of fork are to get: %s", hmm_strerror(r));
 }
 
-void fork_stop(void)
+static void wait_users(void)
 {
     __atomic_store_n(&forks.running, 0, __ATOMIC_SEQ_CST);
     for (uint32_t n; (n = __atomic_load_n(&forks.users, __ATOMIC_SEQ_CST)) != 0;)
         futex_wait(&forks.users, n, -1);
+}
+
+/* A fork() that is under way sleeps in the kernel until the reader has read its event. */
+void fork_ending(void)
+{
+    if (!mutate("fork-ending"))
+        wait_users();
+}
+
+void fork_stop(void)
+{
+    wait_users(); /* where starting has failed */
     if (!mm_has_fork_event(forks.mm))
         window_stop();
     attic_ending();
@@ -252,6 +300,6 @@ void fork_forget(void)
 {
     parent = getppid();
     if (forks.board)
-        wait_settled(forks.board, last_fork(forks.board), parent_is_gone);
+        wait_settled(forks.board, __atomic_load_n(&forks.board->settled, __ATOMIC_ACQUIRE), parent_is_gone);
     memset(&forks, 0, sizeof(forks));
 }

@@ -17,8 +17,11 @@
 
 #include "mm/mm.h"
 
-/* Before the reader starts, and after it has ended. Errors with a message. */
+/* Before the reader starts. Errors with a message. */
 int fork_start(struct mm *mm);
+/* Waits for every fork() that is under way; from now on none is seen to. The reader still reads. */
+void fork_ending(void);
+/* Then, when the reader has ended. */
 void fork_stop(void);
 /* In a child of fork that opens its first device: waits until the parent has filled its memory, which cannot be managed before.
  * Then forgets the parent's. */

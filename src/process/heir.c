@@ -12,7 +12,9 @@
 #include "process/nursery.h"
 
 #define WORKERS 2
-#define IDLE_MS 1             /* between two looks at devices that are waited for */
+#define CALLERS 4             /* each may be held up by a device, as long as a job runs */
+#define IDLE_MS 1             /* between two looks at a child whose devices are waited for */
+#define ASK_NS 5000000        /* between two looks at the devices */
 #define WAIT_NS 100000        /* an event's thread has to run first, or memory is short */
 #define STOP_NS 5000000000ull /* with a child that makes no progress at the end */
 
@@ -36,12 +38,22 @@ static void wait_for_devices(struct work *work, unsigned worker)
     mem_free(c, sizeof(*c));
 }
 
-/* A page that was remapped before can be written through its old address until that batch has landed. */
+/* Devices are asked, and do not hold up each other. A page that was remapped before can be written through its old address until that
+ * batch has landed. True: all have let go. */
+static bool ask_devices(struct heir *h)
+{
+    h->asked = os_now();
+    h->landed |= !__atomic_load_n(&heirs.mm->remaps_pending, __ATOMIC_SEQ_CST);
+    return h->landed && capture_call(h->estate.capture, NOTIFIER_BRIEFLY) == 0;
+}
+
+/* A device that does not let go is made to, after its job's deadline, by who waits for it. What other devices hold must not wait for that:
+ * so they are asked again and again meanwhile. */
 static void call_devices(struct heir *h)
 {
     struct capture *c = h->estate.capture;
     h->called = true;
-    if (!c || (!__atomic_load_n(&heirs.mm->remaps_pending, __ATOMIC_SEQ_CST) && !capture_call(c, NOTIFIER_BRIEFLY)))
+    if (!c || ask_devices(h))
         return;
     struct caller *w;
     while (!(w = mem_alloc(sizeof(*w))))
@@ -71,14 +83,17 @@ static void end(struct heir *h)
     mutex_lock(&heirs.lock);
     list_del(&h->link);
     update_board();
+    __atomic_fetch_sub(&heirs.board->under_way[h->number % HEIR_SLOTS], 1, __ATOMIC_RELEASE);
+    __atomic_fetch_add(&heirs.board->ended, 1, __ATOMIC_RELEASE);
     mutex_unlock(&heirs.lock);
-    futex_wake_common(&heirs.board->settled, INT_MAX);
+    futex_wake_common(&heirs.board->ended, INT_MAX);
     mem_free(h, sizeof(*h));
 }
 
 static void close_child(struct heir *h)
 {
     estate_free(&h->estate);
+    regions_exit(&h->known);
     if (heir_is_by_event(h))
         os->close(h->uffd); /* unregisters: from now on the child is nobody's but its own */
     else
@@ -100,6 +115,8 @@ static bool is_stuck(struct heir *h)
 static void wait_a_little(struct heir *h)
 {
     bool for_devices = h->estate.pages && fill_next(h) == h->estate.n;
+    if (for_devices && os_now() - h->asked > ASK_NS && !mutate("fork-ask"))
+        ask_devices(h);
     if (!heir_is_by_event(h))
         packer_wait(&h->packer);
     else if (for_devices)
@@ -146,6 +163,7 @@ static struct heir *make(struct mm *mm, int uffd, uint32_t number)
     mutex_lock(&heirs.lock);
     h->number = number ? number : heirs.board->started + 1;
     list_add_tail(&heirs.all, &h->link);
+    __atomic_fetch_add(&heirs.board->under_way[h->number % HEIR_SLOTS], 1, __ATOMIC_RELAXED);
     if (!number)
         __atomic_store_n(&heirs.board->started, h->number, __ATOMIC_RELEASE);
     mutex_unlock(&heirs.lock);
@@ -157,6 +175,7 @@ void heir_new(struct mm *mm, int uffd, struct estate *estate)
 {
     struct heir *h = make(mm, uffd, 0);
     h->estate = *estate;
+    follow_regions(h, &mm->regions);
     workers_queue(&heirs.workers, &h->work);
 }
 
@@ -175,8 +194,10 @@ void heir_forked(struct heir *h, int uffd)
     estate_init(&child->estate, h->mm, NULL);
     if (!mutate("fork-grandchild"))
         estate_add_estate(&child->estate, &h->estate);
+    follow_regions(child, &h->known);
     child->looked = h->looked;
     child->called = h->called;
+    child->landed = h->landed;
     workers_queue(&heirs.workers, &child->work);
 }
 
@@ -198,7 +219,7 @@ int heirs_start(struct mm *mm, struct heir_board *board)
     r = workers_start(&heirs.helpers, "hmm-heir-copy", 1);
     if (r)
         goto stop_workers;
-    r = workers_start(&heirs.callers, "hmm-heir-wait", 1);
+    r = workers_start(&heirs.callers, "hmm-heir-wait", CALLERS);
     if (!r)
         return 0;
     workers_stop(&heirs.helpers);

@@ -9,6 +9,7 @@
 #include "process/nursery.h"
 
 #define WAIT_NS 1000000
+#define UNSEEN_NS 10000000000ull /* a child whose end would not be seen takes no message: fork() may have failed */
 
 static struct nursery_message *current(const struct packer *p)
 {
@@ -21,7 +22,7 @@ static bool is_ours(const struct packer *p)
 }
 
 /* The child's end of the pipe is closed by whatever ends it: exit, a signal, exec. */
-static bool is_gone(const struct packer *p)
+bool packer_is_gone(const struct packer *p)
 {
     return p->alive >= 0 && os->poll(&p->alive, 1, 0) > 0;
 }
@@ -36,12 +37,21 @@ static void send(struct packer *p, bool last)
     p->begun = false;
 }
 
+static bool is_given_up(struct packer *p)
+{
+    uint64_t now = os_now();
+    if (!p->waiting_since)
+        p->waiting_since = now;
+    return p->alive < 0 && now - p->waiting_since > UNSEEN_NS;
+}
+
 /* 0: the message may be written. */
 static int get_message(struct packer *p)
 {
     struct nursery_message *m = current(p);
     if (!is_ours(p))
-        return is_gone(p) ? -ESRCH : -EAGAIN;
+        return packer_is_gone(p) || is_given_up(p) ? -ESRCH : -EAGAIN;
+    p->waiting_since = 0;
     if (!p->begun)
         m->runs = m->pages = 0;
     p->begun = true;
@@ -84,7 +94,10 @@ int packer_end(struct packer *p)
 
 void packer_wait(struct packer *p)
 {
-    futex_wait_common(&current(p)->full, 1, WAIT_NS);
+    if (is_ours(p))
+        os_sleep(WAIT_NS); /* for something else than the child */
+    else
+        futex_wait_common(&current(p)->full, 1, WAIT_NS);
 }
 
 void packer_beat(struct packer *p)

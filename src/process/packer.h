@@ -13,6 +13,7 @@ struct packer {
     unsigned turn;           /* message that is being written */
     bool begun;              /* it has runs of ours */
     bool ended;              /* the last was sent */
+    uint64_t waiting_since;  /* for the child to take a message; 0: not */
 };
 
 /*
@@ -23,7 +24,9 @@ struct packer {
 int packer_add(struct packer *p, uintptr_t addr, const char *bytes, uint32_t pages);
 /* Sends the last message: 0, or -EAGAIN, -ESRCH. */
 int packer_end(struct packer *p);
-/* Until the child takes a message, for a millisecond at most. */
+/* Whether the child has ended or called exec, as far as that can be known. */
+bool packer_is_gone(const struct packer *p);
+/* Until the child takes a message, for a millisecond at most; where it has, a millisecond. */
 void packer_wait(struct packer *p);
 /* Tells the child that we are at work. */
 void packer_beat(struct packer *p);

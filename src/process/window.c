@@ -34,6 +34,7 @@
 #include "mm/arm.h"
 #include "mm/thread.h"
 #include "os/own.h"
+#include "process/gather.h"
 #include "process/heir.h"
 #include "process/nursery.h"
 
@@ -82,11 +83,16 @@ static void lock_without_events(struct mm *mm)
 
 static void show_each(struct mm *mm, bool show)
 {
+    unsigned refused = 0;
     for (struct region *r = region_next(&mm->regions, 0); r; r = region_next(&mm->regions, r->end))
         if (r->missing && show)
             region_show(mm, r->start, r->end);
         else if (r->missing)
-            region_hide(mm, r);
+            refused += region_hide(mm, r) && r->state == REGION_PROVED; /* else there may be holes */
+    if (refused && os->uffd_pending(mm->uffd.fd) == 0)                  /* else it may be gone, and we come again */
+        hmm_log(HMM_LOG_WARNING,
+                "fork: %u mappings cannot be kept from children any more (vm.max_map_count?): a raw clone() reads zeros there",
+                refused);
 }
 
 /* A mapping that is remapped meanwhile takes its mark with it, to where we do not know of it until the event is read. Caller holds mm->as
@@ -120,9 +126,7 @@ static void close_here(struct work *work, unsigned worker)
     (void)worker;
     lock_without_events(mm);
     estate_init(&e, mm, capture_new(mm));
-    estate_add_estate(&e, &window.attic);
-    e.mixed |= e.n > 0; /* a page may be in there twice: the oldest counts */
-    estate_add_entries(&e, 0, UINTPTR_MAX);
+    gather(&e, &window.attic, 1);
     capture_begin(e.capture);
     mm->forking = false;
     estate_take(&window.attic, 0, UINTPTR_MAX, &window.trash);

@@ -6,10 +6,10 @@
 
 #include "debug/inject.h"
 
-#define LOOK_MAX 256   /* blocks looked at for one victim */
+#define LOOK_MAX 256   /* blocks looked at while no event can be read */
 #define USED_FEW 8     /* blocks found in use before nothing is evicted, where none is to be waited for */
 #define USED_MAX 64    /* blocks found in use before one is waited for */
-#define FAILURES_MAX 8 /* times that others took the room that was made */
+#define FAILURES_MAX 8 /* times that nothing came of it, or that others took the room that was made */
 
 /* pm NULL: on any. */
 static bool on_device(const struct block *b, const struct pagemap *pm)
@@ -37,15 +37,13 @@ static struct block *pop_coldest(struct mm *mm)
     return b;
 }
 
-/* The base of a block to evict; 0: none found. Blocks that are passed over go to the hot end. */
-static uintptr_t victim(struct mm *mm, struct hmm_device *dev, uintptr_t keep)
+/* The base of a block to evict among the next n; 0: none. Those that are passed over go to the hot end, in their order. */
+static uintptr_t look_at(struct mm *mm, struct hmm_device *dev, uintptr_t keep, unsigned n)
 {
     uintptr_t base = 0;
+    struct block *b;
     rwlock_read_lock(&mm->as);
-    for (unsigned i = 0; i < LOOK_MAX && !base; i++) {
-        struct block *b = pop_coldest(mm);
-        if (!b)
-            break;
+    for (unsigned i = 0; i < n && !base && (b = pop_coldest(mm)) != NULL; i++) {
         mutex_lock(&b->lock);
         bool useful = on_device(b, dev ? dev->pagemap : NULL), used = b->on_device > 0;
         mutex_unlock(&b->lock);
@@ -55,6 +53,16 @@ static uintptr_t victim(struct mm *mm, struct hmm_device *dev, uintptr_t keep)
             lru_touch(mm, b);
     }
     rwlock_read_unlock(&mm->as);
+    return base;
+}
+
+/* As many are looked at as there are blocks; in between, events may be read. */
+static uintptr_t victim(struct mm *mm, struct hmm_device *dev, uintptr_t keep)
+{
+    uintptr_t base = 0;
+    uint64_t blocks = __atomic_load_n(&mm->pt.blocks, __ATOMIC_RELAXED);
+    for (uint64_t looked = 0; looked < blocks && !base; looked += LOOK_MAX)
+        base = look_at(mm, dev, keep, LOOK_MAX);
     return base;
 }
 
@@ -81,7 +89,7 @@ static uint64_t evict_pages(struct mm *mm, struct hmm_device *dev, uint64_t page
             break;
         unsigned before = used;
         uint64_t moved = evict(mm, dev, base, &used);
-        if (moved == 0 && used == before && ++failures > 8)
+        if (moved == 0 && used == before && ++failures > FAILURES_MAX)
             break; /* pinned, failing, or evicted by others each time: the caller goes on with less */
         freed += moved;
     }

@@ -14,7 +14,7 @@ uint64_t reclaim_make_room(struct mm *mm, struct hmm_device *dev, uint64_t pages
  * the way. */
 bool reclaim_to_limit(struct mm *mm, struct hmm_device *dev);
 
-/* migrate_range_to_device() that makes room when the device is full. 0, -ENOMEM, or the driver's error; pages for which no room
+/* migrate_range_to_device() that makes room when the device is full. 0, -ENOMEM, -ENODEV (lost), or the driver's error; pages for which no room
  * could be made are counted as busy. */
 int reclaim_migrate_to_device(struct mm *mm, struct hmm_device *dev, uintptr_t start, uintptr_t end,
                               struct hmm_migrate_result *res);

@@ -1,6 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# docs/locking.md names every rank in its order, and every file that makes a lock in the row of its rank.
+# docs/locking.md names every rank in its order, every file that makes a lock in the row of its rank, and who changes a page's state by
+# the functions that do.
 python3 - "${SOURCE_ROOT:?}" <<'PYTHON'
 import pathlib, re, sys
 
@@ -32,5 +33,13 @@ seen = rows.pop("seen")
 for rank, names in rows.items():
     for name in names:
         assert (rank, name) in seen, f"docs/locking.md: {name} makes no lock of {rank}"
-print(f"{len(seen)} locks of {len(ranks)} ranks")
+
+table = text[text.index("| transition | by | held |"):].split("\n\n", 1)[0].splitlines()[2:]
+sources = "\n".join(p.read_text() for p in sorted((root / "src").rglob("*.c")))
+functions = set(re.findall(r"^[a-z][\w *]*?\b(\w+)\([^;{]*\)\n\{", sources, re.M))
+by = [name for line in table for name in re.findall(r"`(\w+)\(\)`", line.strip("|").split("|")[1])]
+assert len(by) >= 6, f"only {by} were found in the table of transitions"
+for name in by:
+    assert name in functions, f"docs/locking.md: no function {name}() is defined in src/"
+print(f"{len(seen)} locks of {len(ranks)} ranks, {len(set(by))} functions")
 PYTHON

@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 
 struct stuck_interface *stuck;
+unsigned bound_ms;
 
 struct stuck_device *knobs(unsigned slot)
 {
@@ -23,6 +24,20 @@ hmm_dev open_stuck(unsigned slot)
         assert_non_null(stuck);
     }
     return dev;
+}
+
+int setup_hold(void **state)
+{
+    char words[32];
+    bound_ms = SHORT_MS;
+    snprintf(words, sizeof(words), "patience=%u", bound_ms);
+    return setenv("HMM_DEBUG", words, 1) || setup_none(state);
+}
+
+int setup_hold_long(void **state)
+{
+    bound_ms = BOUND_MS;
+    return unsetenv("HMM_DEBUG") || setup_none(state);
 }
 
 int release_all(void **state)
@@ -54,7 +69,7 @@ void close_gives_up(hmm_dev dev, const char *const *words)
     snprintf(said, sizeof(said), "%s", hmm_last_message());
     if (r != -EBUSY)
         fail_msg("close gave %d, '%s'", r, said);
-    if (took < BOUND_MS - 500 || took > BOUND_MS + SLACK_MS)
+    if (took < bound_ms - 500 || took > BOUND_MS + SLACK_MS)
         fail_msg("close gave up after %llu ms", (unsigned long long)took);
     for (; *words; words++)
         if (!strstr(said, *words))
@@ -66,14 +81,6 @@ void close_in_time(hmm_dev dev)
     uint64_t began = now_ms();
     close_device(dev);
     assert_true(now_ms() - began < SLACK_MS);
-}
-
-void check_content(const char *p, size_t len, uint64_t seed)
-{
-    char *oracle = malloc(len);
-    fill_random(oracle, len, seed);
-    assert_memory_equal(p, oracle, len);
-    free(oracle);
 }
 
 void unmap_and_keep(char *p, size_t len)

@@ -3,8 +3,6 @@
 #ifndef TESTS_DRIVER_RANGE_H
 #define TESTS_DRIVER_RANGE_H
 
-#include <fcntl.h>
-
 #include <hmm/driver.h>
 
 #include "support.h"
@@ -56,25 +54,22 @@ static inline struct hmm_fault_range range_of(const void *start, size_t bytes, u
     };
 }
 
-/* The whole loop, of all pages. The answers are in pfns[]. */
-static inline int ask(const void *start, size_t bytes, uint64_t request)
+/* The whole loop, of all pages, under the notifier. The answers are in pfns[]. */
+static inline int ask_watched(const void *start, size_t bytes, uint64_t request, unsigned flags)
 {
     struct hmm_fault_range r = range_of(start, bytes, request);
-    watch(start, bytes);
+    r.flags = flags;
     memset(pfns, 0xdd, sizeof(pfns)); /* need not be set */
-    int result = hmm_range_fault_timeout(dev(), &r, JOB_SECONDS * 1000000000ll);
-    unwatch();
-    return result;
+    return hmm_range_fault_timeout(dev(), &r, JOB_SECONDS * 1000000000ll);
 }
 
-static inline uint64_t pagemap_word(const void *ptr)
+/* The same with a notifier for as long as it takes. */
+static inline int ask(const void *start, size_t bytes, uint64_t request)
 {
-    uint64_t word = 0;
-    int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    assert_true(fd >= 0);
-    assert_int_equal(pread(fd, &word, sizeof(word), (off_t)((uintptr_t)ptr / page * sizeof(word))), sizeof(word));
-    close(fd);
-    return word;
+    watch(start, bytes);
+    int result = ask_watched(start, bytes, request, 0);
+    unwatch();
+    return result;
 }
 
 static inline bool is_present(const void *ptr)

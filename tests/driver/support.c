@@ -4,7 +4,6 @@
 
 #include <dirent.h>
 #include <fcntl.h>
-#include <pthread.h>
 #include <sched.h>
 #include <time.h>
 
@@ -373,15 +372,6 @@ void unmap_pages(void *ptr, size_t bytes)
     assert_int_equal(munmap(ptr, bytes), 0);
 }
 
-/* splitmix64 */
-uint64_t random_next(uint64_t *state)
-{
-    uint64_t z = *state += 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-
 void fill_random(void *ptr, size_t bytes, uint64_t seed)
 {
     char *p = ptr;
@@ -391,37 +381,31 @@ void fill_random(void *ptr, size_t bytes, uint64_t seed)
     }
 }
 
-static uint32_t crc_of_byte(uint32_t crc)
+void check_content(const char *p, size_t bytes, uint64_t seed)
 {
-    for (int bit = 0; bit < 8; bit++)
-        crc = crc & 1 ? crc >> 1 ^ 0x82f63b78 : crc >> 1;
-    return crc;
+    char *oracle = malloc(bytes);
+    fill_random(oracle, bytes, seed);
+    assert_memory_equal(p, oracle, bytes);
+    free(oracle);
 }
 
-uint32_t crc_oracle(const void *data, size_t len)
+static void *touch_once(void *arg)
 {
-    static uint32_t table[256];
-    const unsigned char *p = data;
-    uint32_t crc = 0xffffffff;
-    for (uint32_t i = 0; i < 256 && !table[255]; i++)
-        table[i] = crc_of_byte(i);
-    while (len--)
-        crc = crc >> 8 ^ table[(crc ^ *p++) & 0xff];
-    return crc ^ 0xffffffff;
+    struct touch *t = arg;
+    uint64_t before = now_ms();
+    t->value = *t->at;
+    t->took = now_ms() - before;
+    __atomic_store_n(&t->done, 1, __ATOMIC_RELEASE);
+    return NULL;
+}
+
+void start_touch(struct touch *t, char *at)
+{
+    *t = (struct touch){.at = at};
+    assert_int_equal(pthread_create(&t->thread, NULL, touch_once, t), 0);
 }
 
 /* ---- what the kernel says ---- */
-
-bool page_present(const void *ptr)
-{
-    static int fd = -1;
-    uint64_t entry = 0;
-    if (fd < 0)
-        fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    assert_true(fd >= 0);
-    assert_int_equal(pread(fd, &entry, sizeof(entry), (off_t)((uintptr_t)ptr / page_size() * sizeof(entry))), sizeof(entry));
-    return entry >> 62 != 0;
-}
 
 size_t anon_huge_bytes(const void *ptr)
 {
@@ -469,6 +453,21 @@ struct hmm_stats stats_now(void)
     struct hmm_stats s = {.size = sizeof(s)};
     assert_int_equal(hmm_stats(&s), 0);
     return s;
+}
+
+uint64_t used_bytes(hmm_dev dev)
+{
+    struct hmm_device_info info = {.size = sizeof(info)};
+    assert_int_equal(hmm_device_info(dev, &info), 0);
+    return info.used_bytes;
+}
+
+void wait_used(hmm_dev dev, uint64_t bytes)
+{
+    for (uint64_t until = now_ms() + JOB_SECONDS * 1000; used_bytes(dev) > bytes; sleep_ms(1))
+        if (now_ms() > until)
+            fail_msg("%llu bytes of the device are still in use, not %llu", (unsigned long long)used_bytes(dev),
+                     (unsigned long long)bytes);
 }
 
 size_t pages_in_state(const void *ptr, size_t len, enum hmm_page_state state)

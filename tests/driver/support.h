@@ -10,6 +10,7 @@
 #define TESTS_DRIVER_SUPPORT_H
 
 #include <errno.h>
+#include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -25,14 +26,12 @@
 
 #include <hmm/hmm.h>
 
-/* newer than the distribution's headers */
-#ifndef MADV_COLLAPSE
-#define MADV_COLLAPSE 25
-#endif
+#include "common/oracle.h"
+#include "common/uapi.h"
 
 #define BLOCK ((size_t)2 << 20)
 #define MIB ((size_t)1 << 20)
-#define JOB_SECONDS 30 /* no job of the suite takes that long */
+#define JOB_SECONDS 60 /* no job of the suite takes that long */
 
 /* What each file of the suite defines instead of main(): the file is built as a shared object, because a device whose engines are in
  * another process loads kernels from one. */
@@ -105,13 +104,21 @@ void unmap_pages(void *ptr, size_t bytes);
 /* One page of shared memory, which no device takes: kernels reach it over the bus. Freed with munmap(). */
 void *map_shared(void);
 void fill_random(void *ptr, size_t bytes, uint64_t seed);
-uint64_t random_next(uint64_t *state);
-/* CRC-32C from a table that is made bit by bit, as the definition says. */
-uint32_t crc_oracle(const void *data, size_t len);
+/* fill_random() with this seed is there. */
+void check_content(const char *p, size_t bytes, uint64_t seed);
+
+/* One touch by a thread of its own, which is joined by the test. */
+struct touch {
+    pthread_t thread;
+    volatile char *at;
+    char value;             /* that was found */
+    uint64_t took;          /* ms */
+    volatile uint32_t done; /* atomic: the above is set */
+};
+void start_touch(struct touch *t, char *at);
 
 /* ---- what the kernel says ---- */
 
-bool page_present(const void *ptr);      /* present or swapped, by /proc/self/pagemap */
 size_t anon_huge_bytes(const void *ptr); /* of the mapping at ptr, by /proc/self/smaps */
 unsigned thread_count(void);
 unsigned descriptor_count(void);
@@ -119,6 +126,10 @@ unsigned descriptor_count(void);
 /* ---- what the library says ---- */
 
 struct hmm_stats stats_now(void);
+uint64_t used_bytes(hmm_dev dev);
+/* Until no more are used: what was dropped is free when devices have let go of it, soon and without anybody's doing. Fails the test
+ * after JOB_SECONDS. */
+void wait_used(hmm_dev dev, uint64_t bytes);
 /* Pages of [ptr, ptr+len) in this state. */
 size_t pages_in_state(const void *ptr, size_t len, enum hmm_page_state state);
 

@@ -5,6 +5,8 @@
  */
 #include <pthread.h>
 
+#include <hmm/driver.h>
+
 #include "support.h"
 
 #define DEVICE_MEMORY "memory=16M"
@@ -27,14 +29,6 @@ static size_t away(const char *p, size_t bytes)
     return n;
 }
 
-static void check_content(const char *p, size_t bytes, uint64_t seed)
-{
-    char *oracle = malloc(bytes);
-    fill_random(oracle, bytes, seed);
-    assert_memory_equal(p, oracle, bytes);
-    free(oracle);
-}
-
 static struct hmm_device_info info_of(hmm_dev dev)
 {
     struct hmm_device_info info = {.size = sizeof(info)};
@@ -47,11 +41,9 @@ static size_t used_pages(hmm_dev dev)
     return info_of(dev).used_bytes / page;
 }
 
-/* Pages that were dropped are free when devices have let go of them: soon, and without anybody's doing. */
 static void wait_until_used(hmm_dev dev, size_t pages)
 {
-    for (uint64_t until = now_ms() + JOB_SECONDS * 1000; used_pages(dev) != pages && now_ms() < until;)
-        sleep_ms(1);
+    wait_used(dev, pages * page);
     assert_int_equal(used_pages(dev), pages);
 }
 
@@ -157,6 +149,13 @@ static void the_numbers_are_those_of_the_kernel(void **state)
     unmap_pages(p, bytes);
 }
 
+/* A call may return when its event has been read: it is counted when that is applied. */
+static struct hmm_stats settled_stats(hmm_dev dev)
+{
+    hmm_event_sync(hmm_device_of(dev));
+    return stats_now();
+}
+
 /* Each call of the program is one event, and drops exactly what it covered. */
 static void every_event_is_counted(void **state)
 {
@@ -168,17 +167,17 @@ static void every_event_is_counted(void **state)
 
     madvise(p, 16 * page, MADV_DONTNEED);
     wait_until_used(dev, MIB / page - 16);
-    t = stats_now();
+    t = settled_stats(dev);
     assert_int_equal(t.events_remove - s.events_remove, 1);
     assert_int_equal(t.dropped - s.dropped, 16);
 
     assert_ptr_equal(mremap(p + 16 * page, 8 * page, 8 * page, MREMAP_MAYMOVE | MREMAP_FIXED, away_to), away_to);
-    t = stats_now();
+    t = settled_stats(dev);
     assert_int_equal(t.events_remap - s.events_remap, 1);
     uint64_t unmaps = t.events_unmap; /* a kernel may report the old place of a remap as unmapped, too */
     munmap(p + 24 * page, 32 * page);
     wait_until_used(dev, MIB / page - 16 - 32);
-    t = stats_now();
+    t = settled_stats(dev);
     assert_int_equal(t.events_remap - s.events_remap, 1);
     assert_int_equal(t.events_unmap - unmaps, 1);
     assert_int_equal(t.events_remove - s.events_remove, 1);
@@ -190,7 +189,7 @@ static void every_event_is_counted(void **state)
     char *plain = written(MIB, 5);
     madvise(plain, MIB, MADV_DONTNEED);
     unmap_pages(plain, MIB);
-    t = stats_now();
+    t = settled_stats(dev);
     assert_int_equal(t.events_remove + t.events_unmap + t.events_remap, s.events_remove + s.events_unmap + s.events_remap);
     assert_int_equal(t.calls_unmap + t.calls_remove + t.calls_remap + t.calls_protect + t.calls_fork + t.calls_release, 0);
     close_device(dev);
@@ -198,6 +197,8 @@ static void every_event_is_counted(void **state)
     unmap_pages(p + 56 * page, MIB - 56 * page);
     unmap_pages(away_to, MIB);
 }
+
+#define FREED_MS 90 /* a call that takes longer may return before its device pages are free: it waits for 100 ms at most */
 
 /* Through the wrappers, with pages on the device: each call once, and no other. */
 static void every_announced_call_is_counted(void **state)
@@ -207,6 +208,7 @@ static void every_announced_call_is_counted(void **state)
     char *p = written(MIB, 12), *plain = written(MIB, 13);
     to_device(dev, p, MIB);
     struct hmm_stats s = stats_now();
+    uint64_t began = now_ms();
     assert_int_equal(hmm_madvise(p, 16 * page, MADV_DONTNEED), 0);
     assert_int_equal(hmm_mprotect(p + 16 * page, page, PROT_READ), 0);
     assert_int_equal(hmm_mprotect(p + 16 * page, page, PROT_READ | PROT_WRITE), 0);
@@ -222,7 +224,9 @@ static void every_announced_call_is_counted(void **state)
     assert_int_equal(t.calls_remap - s.calls_remap, 1);
     assert_int_equal(t.calls_unmap - s.calls_unmap, 1);
     assert_int_equal(t.calls_release + t.calls_fork, 0);
-    assert_int_equal(used_pages(dev), MIB / page / 2 - 48); /* free when the call returns */
+    if (now_ms() - began < FREED_MS)
+        assert_int_equal(used_pages(dev), MIB / page / 2 - 48); /* free when the call returns */
+    wait_until_used(dev, MIB / page / 2 - 48);
     close_device(dev);
     unmap_pages(p, MIB);
     unmap_pages(plain, MIB);
@@ -380,6 +384,7 @@ struct mover {
     hmm_dev dev;
     char *p;
     unsigned failed;
+    uint64_t most; /* bytes on devices, of all that it saw between its own moves */
 };
 
 static void *move_about(void *arg)
@@ -390,6 +395,9 @@ static void *move_about(void *arg)
         size_t from = random_next(&seed) % (4 * MIB), len = 1 + random_next(&seed) % (2 * MIB);
         int r = hmm_migrate_to_device(m->dev, m->p + from, len, NULL);
         m->failed += r != 0 && r != -ENOSPC;
+        struct hmm_stats s = {.size = sizeof(s)};
+        m->failed += hmm_stats(&s) != 0;
+        m->most = s.device_pages * page > m->most ? s.device_pages * page : m->most;
         if (i % 4 == 0)
             m->failed += hmm_migrate_to_system(m->p + from, len / 2 + 1, NULL) != 0;
     }
@@ -401,7 +409,7 @@ static void the_limit_holds_at_every_moment(void **state)
     (void)state;
     struct mover m[MOVERS];
     hmm_dev devices[2] = {open_with(DEVICE_MEMORY), open_with(DEVICE_MEMORY)};
-    uint64_t limit = 3 * MIB, most = 0, looks = 0;
+    uint64_t limit = 3 * MIB, most = 0;
     assert_int_equal(hmm_set_limit(limit), 0);
     for (unsigned i = 0; i < MOVERS; i++) {
         m[i] = (struct mover){.dev = devices[i % 2], .p = written(6 * MIB, 20 + i)};
@@ -410,15 +418,16 @@ static void the_limit_holds_at_every_moment(void **state)
     for (unsigned i = 0; i < MOVERS;) {
         uint64_t now = stats_now().device_pages * page;
         most = now > most ? now : most;
-        looks++;
         if (pthread_tryjoin_np(m[i].thread, NULL) == 0)
             i++;
         else
             sleep_ms(1);
     }
+    for (unsigned i = 0; i < MOVERS; i++)
+        most = m[i].most > most ? m[i].most : most;
     if (most > limit)
         fail_msg("%llu bytes were on devices", (unsigned long long)most);
-    assert_true(looks > 10 && most > limit / 2);
+    assert_true(most > limit / 2);
     for (unsigned i = 0; i < MOVERS; i++) {
         assert_int_equal(m[i].failed, 0);
         check_content(m[i].p, 6 * MIB, 20 + i);

@@ -133,7 +133,7 @@ int test_main(void)
         TEST_HOLD(a_callback_that_never_returns_is_named_and_closing_is_done_later),
         TEST_HOLD(a_callback_that_sleeps_is_waited_for),
         TEST_HOLD(callbacks_are_counted_with_their_time),
-        TEST_HOLD(a_callback_that_hangs_without_a_page_is_not_waited_for_either),
+        TEST_HOLD_LONG(a_callback_that_hangs_without_a_page_is_not_waited_for_either),
         TEST_HOLD(a_device_whose_job_waits_for_another_device_can_be_closed_later),
     };
     return cmocka_run_group_tests_name("close", tests, NULL, NULL);

@@ -4,13 +4,6 @@
 
 #include "support.h"
 
-static uint64_t used_bytes(hmm_dev dev)
-{
-    struct hmm_device_info info = {.size = sizeof(info)};
-    assert_int_equal(hmm_device_info(dev, &info), 0);
-    return info.used_bytes;
-}
-
 /* ---- smaller than the data ------------------------------------------------------------------------------------------------ */
 
 static void data_four_times_larger_than_the_device_is_read(void **state)

@@ -22,30 +22,6 @@ static hmm_dev open_slow(unsigned delay_ms)
     return open_with(option);
 }
 
-struct touch {
-    pthread_t thread;
-    volatile char *at;
-    char value;
-    uint64_t took;
-    volatile uint32_t done;
-};
-
-static void *touch_once(void *arg)
-{
-    struct touch *t = arg;
-    uint64_t before = now_ms();
-    t->value = *t->at;
-    t->took = now_ms() - before;
-    t->done = 1;
-    return NULL;
-}
-
-static void start_touch(struct touch *t, char *at)
-{
-    *t = (struct touch){.at = at};
-    assert_int_equal(pthread_create(&t->thread, NULL, touch_once, t), 0);
-}
-
 static void a_slow_device_holds_up_only_its_own_pages(void **state)
 {
     (void)state;

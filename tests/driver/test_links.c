@@ -198,13 +198,6 @@ static void content_survives_every_way_home_over_a_link(void **state)
 
 /* ---- page sizes ------------------------------------------------------------------------------------------------------ */
 
-static uint64_t used_bytes_of(hmm_dev dev)
-{
-    struct hmm_device_info info = {.size = sizeof(info)};
-    assert_int_equal(hmm_device_info(dev, &info), 0);
-    return info.used_bytes;
-}
-
 static size_t on_device(const char *p, size_t bytes)
 {
     return pages_in_state(p, bytes, HMM_PAGE_DEVICE);
@@ -258,7 +251,7 @@ static void a_granule_that_is_mapped_in_part_comes_in_part(void **state)
         unmap_pages(p + 8 * page, BLOCK - 8 * page);
         device_fill(dev, p + 5 * page, 9, 1);
         assert_int_equal(on_device(p + 3 * page, 5 * page), 5);
-        assert_int_equal(used_bytes_of(dev), 5 * page);
+        assert_int_equal(used_bytes(dev), 5 * page);
         assert_int_equal(p[5 * page], 9);
         assert_int_equal(on_device(p + 3 * page, 5 * page), 0);
         assert_int_equal(p[3 * page] + p[8 * page - 1], 8);

@@ -223,7 +223,7 @@ static void a_granule_is_what_a_fault_brings(void **state)
     char *p = map_pages(4 * granule);
     fill_random(p, 4 * granule, 5);
     assert_int_equal(hmm_migrate_to_device(dev, p, 4 * granule, NULL), 0);
-    assert_true(((volatile char *)p)[granule + 5 * page] || true);
+    (void)((volatile char *)p)[granule + 5 * page]; /* a touch */
     assert_int_equal(pages_in_state(p + granule, granule, HMM_PAGE_SYSTEM), 16);
     assert_int_equal(pages_in_state(p, 4 * granule, HMM_PAGE_SYSTEM), 16);
     assert_refused("ram:memory=4M,granule=12K", -EINVAL, "granule");

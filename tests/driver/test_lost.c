@@ -4,67 +4,9 @@
  * device of the suite is wrapped by `faulty`, which loses it after a number of operations.
  */
 #include <fcntl.h>
-#include <pthread.h>
-#include <signal.h>
 #include <sys/wait.h>
 
-#include "support.h"
-
-#define PAGES 64
-
-static char *memory; /* PAGES that were on the device, and PAGES that never were */
-static size_t page, bytes;
-
-/* ---- touching what may be lost ---- */
-
-static sigjmp_buf caught;
-static void *volatile fault_address;
-
-static void catch (int signal, siginfo_t *info, void *context)
-{
-    (void)signal, (void)context;
-    fault_address = info->si_addr;
-    siglongjmp(caught, 1);
-}
-
-/* Whether touching raises SIGBUS at this very address; else the byte is in *value. */
-static bool is_lost(const char *at, char *value)
-{
-    struct sigaction action = {.sa_sigaction = catch, .sa_flags = SA_SIGINFO}, before;
-    volatile bool lost = true;
-    sigaction(SIGBUS, &action, &before);
-    if (sigsetjmp(caught, 1) == 0) {
-        *value = *(const volatile char *)at;
-        lost = false;
-    } else {
-        assert_ptr_equal(fault_address, at);
-    }
-    sigaction(SIGBUS, &before, NULL);
-    return lost;
-}
-
-static void assert_lost(const char *at, size_t len)
-{
-    char value;
-    for (size_t i = 0; i < len; i += page)
-        if (!is_lost(at + i, &value))
-            fail_msg("page %zu reads as %d", i / page, value);
-}
-
-static void assert_holds(const char *at, size_t len, char value)
-{
-    for (size_t i = 0; i < len; i++)
-        if (at[i] != value)
-            fail_msg("byte %zu is %d, not %d", i, at[i], value);
-}
-
-/* Lines of library threads come a little later. */
-static void assert_logged(enum hmm_log_level level, unsigned n)
-{
-    for (uint64_t until = now_ms() + JOB_SECONDS * 1000; logged(level) < n && now_ms() < until;)
-        sleep_ms(1);
-    assert_int_equal(logged(level), n);
-}
+#include "lost.h"
 
 /* ---- devices to lose ---- */
 
@@ -87,15 +29,6 @@ static bool info_says_lost(hmm_dev dev)
     struct hmm_device_info info = {.size = sizeof(info)};
     assert_int_equal(hmm_device_info(dev, &info), 0);
     return info.lost;
-}
-
-static void make_memory(void)
-{
-    page = page_size();
-    bytes = PAGES * page;
-    memory = map_pages(2 * bytes);
-    memset(memory, 5, bytes);
-    memset(memory + bytes, 6, bytes);
 }
 
 /* The first half of memory is on a device that has lost its memory since. */
@@ -376,95 +309,6 @@ static void jobs_that_run_when_it_goes_end(void **state)
     }
 }
 
-/* ---- a device that only cannot give pages back ---- */
-
-static void *touch_one(void *lost)
-{
-    char value;
-    *(bool *)lost = is_lost(memory, &value);
-    return NULL;
-}
-
-static void a_page_that_the_device_does_not_give_is_lost_in_the_end(void **state)
-{
-    (void)state;
-    expect_errors();
-    setenv("HMM_DRIVER_PATH", MODULES, 1);
-    make_memory();
-    assert_int_equal(madvise(memory, bytes, MADV_DONTNEED), 0);
-    /* Absent pages are cleared there, which works; no copy does. */
-    hmm_dev dev = open_spec("faulty:copy_error=1000,over=ram:memory=1M"), other = open_spec("ram:memory=1M");
-    assert_int_equal(hmm_migrate_to_device(dev, memory, 2 * page, NULL), 0);
-    assert_int_equal(hmm_migrate_to_device(other, memory + bytes, bytes, NULL), 0);
-    bool lost = false;
-    pthread_t thread;
-    uint64_t start = now_ms();
-    assert_int_equal(pthread_create(&thread, NULL, touch_one, &lost), 0);
-    sleep_ms(100);
-    assert_holds(memory + bytes, bytes, 6); /* others are not held up by that */
-    assert_int_equal(hmm_migrate_to_system(memory + page, page, NULL), -EIO);
-    assert_int_equal(pages_in_state(memory + page, page, HMM_PAGE_DEVICE), 1);
-    pthread_join(thread, NULL);
-    assert_true(lost);
-    assert_true(now_ms() - start >= 9000); /* it was tried for long */
-    assert_int_equal(pages_in_state(memory, page, HMM_PAGE_POISONED), 1);
-    assert_int_equal(pages_in_state(memory + page, page, HMM_PAGE_DEVICE), 1); /* nobody has asked for this one */
-    assert_logged(HMM_LOG_ERROR, 1);
-    unmap_pages(memory, 2 * bytes);
-}
-
-static void a_page_that_comes_at_the_second_try_is_as_it_was(void **state)
-{
-    (void)state;
-    setenv("HMM_DRIVER_PATH", MODULES, 1);
-    make_memory();
-    uint64_t random = 5;
-    hmm_dev dev = open_spec("faulty:copy_error=500,seed=9,over=ram:memory=1M");
-    unsigned failed = 0;
-    for (int i = 0; i < 60; i++) {
-        size_t at = random_next(&random) % (PAGES - 8) * page;
-        failed += hmm_migrate_to_device(dev, memory + at, 8 * page, NULL) != 0;
-        assert_holds(memory + at, 8 * page, 5);
-    }
-    assert_true(failed > 5 && failed < 55);
-    assert_true(stats_now().pages_to_system > 50);
-    close_device(dev); /* tries again, too */
-    assert_holds(memory, bytes, 5);
-    unmap_pages(memory, 2 * bytes);
-}
-
-/* ---- a device that cannot give pages back while room is made ---- */
-
-static void *make_room(void *where)
-{
-    hmm_migrate_to_device(*(hmm_dev *)where, memory + BLOCK, 255 * page, NULL);
-    return NULL;
-}
-
-static void a_touch_during_an_eviction_that_fails_is_tried_again(void **state)
-{
-    (void)state;
-    setenv("HMM_DRIVER_PATH", MODULES, 1);
-    page = page_size();
-    memory = map_pages(2 * BLOCK);
-    hmm_dev dev = open_spec("faulty:copy_error=1000,copy_delay_us=200000,over=ram:memory=1M");
-    assert_int_equal(hmm_migrate_to_device(dev, memory, PAGES * page, NULL), 0);
-    bool lost = true;
-    pthread_t room, touch;
-    assert_int_equal(pthread_create(&room, NULL, make_room, &dev), 0);
-    sleep_ms(100); /* the first eviction waits for its copy */
-    assert_int_equal(pages_in_state(memory, page, HMM_PAGE_MIGRATING), 1);
-    assert_int_equal(pthread_create(&touch, NULL, touch_one, &lost), 0);
-    pthread_join(room, NULL);
-    for (uint64_t until = now_ms() + 5000; stats_now().retries == 0 && now_ms() < until;)
-        sleep_ms(1);
-    assert_true(stats_now().retries > 0); /* it is awake */
-    assert_int_equal(madvise(memory, PAGES * page, MADV_DONTNEED), 0);
-    pthread_join(touch, NULL);
-    assert_false(lost);
-    unmap_pages(memory, 2 * BLOCK);
-}
-
 int test_main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -479,9 +323,6 @@ int test_main(void)
         TEST_WITHOUT_DEVICE(loss_while_pages_come_and_go_ends_in_bytes_or_in_sigbus),
         TEST_WITHOUT_DEVICE(pages_of_a_device_without_engines_come_home),
         TEST_WITHOUT_DEVICE(jobs_that_run_when_it_goes_end),
-        TEST_WITHOUT_DEVICE(a_touch_during_an_eviction_that_fails_is_tried_again),
-        TEST_WITHOUT_DEVICE(a_page_that_comes_at_the_second_try_is_as_it_was),
-        TEST_WITHOUT_DEVICE(a_page_that_the_device_does_not_give_is_lost_in_the_end),
     };
     return cmocka_run_group_tests_name("lost", tests, NULL, NULL);
 }

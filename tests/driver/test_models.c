@@ -131,47 +131,6 @@ static void assert_all(const char *p, size_t bytes, uint64_t value)
             fail_msg("the bytes at %zu are wrong", at);
 }
 
-static uint64_t used_bytes(hmm_dev dev)
-{
-    struct hmm_device_info info = {.size = sizeof(info)};
-    assert_int_equal(hmm_device_info(dev, &info), 0);
-    return info.used_bytes;
-}
-
-static void wait_used(hmm_dev dev, uint64_t bytes)
-{
-    uint64_t until = now_ms() + GRACE_MS;
-    while (used_bytes(dev) > bytes) {
-        if (now_ms() > until)
-            fail_msg("%llu bytes of the device are still in use, not %llu", (unsigned long long)used_bytes(dev),
-                     (unsigned long long)bytes);
-        sleep_ms(5);
-    }
-}
-
-/* ---- a CPU thread that touches ---- */
-
-struct touch {
-    pthread_t thread;
-    volatile char *at;
-    char seen;
-    volatile uint32_t done;
-};
-
-static void *touch_once(void *arg)
-{
-    struct touch *t = arg;
-    t->seen = *t->at;
-    __atomic_store_n(&t->done, 1, __ATOMIC_RELEASE);
-    return NULL;
-}
-
-static void start_touch(struct touch *t, char *at)
-{
-    *t = (struct touch){.at = at};
-    assert_int_equal(pthread_create(&t->thread, NULL, touch_once, t), 0);
-}
-
 /* ---- both models that hold ------------------------------------------------------------------------------------------ */
 
 static void open_soft_only(void)
@@ -255,7 +214,7 @@ static void a_touch_waits_for_the_job_and_sees_its_last_bytes(void **state)
         t.flags[GO] = 1;
         must(fence);
         pthread_join(touch.thread, NULL);
-        assert_int_equal(touch.seen, 0x42);
+        assert_int_equal(touch.value, 0x42);
         assert_all(t.p, t.bytes, t.value);
         free_task(&t);
         close_device(dev);
@@ -515,7 +474,7 @@ static void a_job_gets_pages_over_the_bus_while_many_touches_wait_for_it(void **
         assert_int_equal(must(fence), 0x0101010101010101 * (t.bytes / sizeof(uint64_t)));
         for (unsigned i = 0; i < TOUCHES; i++) {
             pthread_join(touches[i].thread, NULL);
-            assert_int_equal(touches[i].seen, 1);
+            assert_int_equal(touches[i].value, 1);
         }
         munmap((void *)t.flags, page_size());
         unmap_pages(area, 2 * BLOCK);
@@ -562,6 +521,7 @@ static void a_kernel_that_does_not_end_is_ended_for_an_unmapping(void **state)
 static struct {
     unsigned long long made, used_again;
     bool said;
+    unsigned warnings; /* and errors */
 } cache;
 
 static void read_line(enum hmm_log_level level, const char *line, void *arg)
@@ -569,14 +529,17 @@ static void read_line(enum hmm_log_level level, const char *line, void *arg)
     (void)arg;
     if (sscanf(line, "soft: %llu registrations were made, and used again %llu times", &cache.made, &cache.used_again) == 2)
         __atomic_store_n(&cache.said, true, __ATOMIC_RELEASE);
-    else if (level <= HMM_LOG_WARNING)
-        fail_msg("library: %s", line);
+    else if (level <= HMM_LOG_WARNING) { /* another thread than the test's, which cannot assert */
+        fprintf(stderr, "library: %s\n", line);
+        __atomic_fetch_add(&cache.warnings, 1, __ATOMIC_RELAXED);
+    }
 }
 
 static hmm_dev open_cache(const char *options)
 {
     hmm_set_log(read_line, NULL);
     cache.said = false;
+    cache.warnings = 0;
     return open_model("register", options);
 }
 
@@ -584,6 +547,7 @@ static void close_and_count(hmm_dev dev, unsigned made, unsigned used_again)
 {
     close_device(dev); /* the last one: lines have arrived when it is closed */
     assert_true(__atomic_load_n(&cache.said, __ATOMIC_ACQUIRE));
+    assert_int_equal(__atomic_load_n(&cache.warnings, __ATOMIC_RELAXED), 0);
     assert_int_equal(cache.made, made);
     assert_int_equal(cache.used_again, used_again);
 }
@@ -641,6 +605,7 @@ static void the_cache_leaves_blocks_to_others(void **state)
     unmap_pages(q, bytes);
     unmap_pages(r, bytes);
     close_device(dev);
+    assert_int_equal(__atomic_load_n(&cache.warnings, __ATOMIC_RELAXED), 0);
 }
 
 /* munmap and madvise do not wait; the job finishes on what is nobody's memory any more. */
@@ -677,9 +642,9 @@ static void memory_that_goes_while_a_job_runs(bool map_anew)
 static void a_job_that_waited_sees_what_was_mapped_meanwhile(void **state)
 {
     (void)state;
-    enum { ROUNDS = 100 };
+    enum { ROUNDS = 40 };
     hmm_dev dev = open_model("register", "memory=64M");
-    size_t bytes = 32 * MIB;
+    size_t bytes = 16 * MIB;
     char *p = map_pages(bytes);
     uint32_t zeros = device_crc(dev, p, bytes);
     for (unsigned i = 0; i < ROUNDS; i++) {
@@ -729,7 +694,7 @@ static void a_touch_beside_an_orphaned_part_waits(void **state)
     t.flags[GO] = 1;
     must(fence);
     pthread_join(touch.thread, NULL);
-    assert_int_equal(touch.seen, 0x77);
+    assert_int_equal(touch.value, 0x77);
     assert_all(t.p, t.bytes / 2, 0);
     assert_all(t.p + t.bytes / 2, t.bytes / 2, t.value);
     free_task(&t);

@@ -3,55 +3,12 @@
  * hmm_range_fault() where pages are on devices: on this one, on another, lost; where the protection changed since; what is refused. And
  * the same from a library thread, which makes the call itself.
  */
-#include <hmm/driver.h>
+#include "range.h"
 
-#include "support.h"
-
-#define PAGES 40
-#define REQ_READ HMM_PFN_REQ_FAULT
-#define REQ_WRITE (HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE)
 #define FOREVER -1
 
-static struct hmm_notifier notifier;
-static uint64_t pfns[1024];
-static size_t page, bytes;
+static size_t bytes;
 static char *memory, *oracle;
-static unsigned invalidated;
-
-static int let_go(struct hmm_notifier *n, const struct hmm_event *event)
-{
-    (void)n;
-    (void)event;
-    __atomic_fetch_add(&invalidated, 1, __ATOMIC_RELAXED);
-    return 0;
-}
-
-static const struct hmm_notifier_ops ops = {.invalidate = let_go};
-
-static struct hmm_device *dev(void)
-{
-    return hmm_device_of(device);
-}
-
-static struct hmm_fault_range range_of(const void *start, size_t len, uint64_t request)
-{
-    return (struct hmm_fault_range){
-        .size = sizeof(struct hmm_fault_range),
-        .notifier = &notifier,
-        .start = (uintptr_t)start,
-        .end = (uintptr_t)start + len,
-        .pfns = pfns,
-        .default_flags = request,
-    };
-}
-
-static int ask(const void *start, size_t len, uint64_t request, unsigned flags)
-{
-    struct hmm_fault_range r = range_of(start, len, request);
-    r.flags = flags;
-    memset(pfns, 0xdd, sizeof(pfns));
-    return hmm_range_fault_timeout(dev(), &r, FOREVER);
-}
 
 /* PAGES pages of content with a notifier over them; every fourth was never touched. */
 static int set_up_memory(void **state)
@@ -68,7 +25,6 @@ static int set_up_memory(void **state)
         else
             memcpy(memory + i * page, oracle + i * page, page);
     }
-    invalidated = 0;
     return r || hmm_notifier_insert(dev(), &notifier, (uintptr_t)memory, (uintptr_t)memory + bytes, &ops);
 }
 
@@ -113,7 +69,7 @@ static void pages_of_this_device_stay_there(void **state)
     migrate(device, 10, 30);
     struct hmm_stats before = stats_now();
     for (size_t n = 0; n < 3; n++) {
-        assert_int_equal(ask(memory, bytes, requests[n], 0), 0);
+        assert_int_equal(ask_watched(memory, bytes, requests[n], 0), 0);
         assert_on_device(10, 30, HMM_PFN_WRITE);
         for (size_t i = 0; i < PAGES; i++) {
             if (i >= 10 && i < 30)
@@ -134,7 +90,7 @@ static void the_device_alone(void **state)
 {
     (void)state;
     migrate(device, 10, 30);
-    assert_int_equal(ask(memory, bytes, REQ_WRITE, HMM_RANGE_DEVICE_ONLY), 0); /* nothing is brought */
+    assert_int_equal(ask_watched(memory, bytes, REQ_WRITE, HMM_RANGE_DEVICE_ONLY), 0); /* nothing is brought */
     assert_on_device(10, 30, HMM_PFN_WRITE);
     for (size_t i = 0; i < PAGES; i++)
         if (i < 10 || i >= 30)
@@ -142,7 +98,7 @@ static void the_device_alone(void **state)
     assert_int_equal(pages_in_state(memory, bytes, HMM_PAGE_ABSENT), 20 / 4);
     assert_int_equal(mprotect(memory + 12 * page, 4 * page, PROT_READ), 0);
     assert_int_equal(mprotect(memory + 16 * page, 4 * page, PROT_NONE), 0);
-    assert_int_equal(ask(memory, bytes, 0, HMM_RANGE_DEVICE_ONLY), 0);
+    assert_int_equal(ask_watched(memory, bytes, 0, HMM_RANGE_DEVICE_ONLY), 0);
     assert_on_device(10, 12, HMM_PFN_WRITE);
     assert_on_device(12, 16, 0);
     for (size_t i = 16; i < 20; i++)
@@ -158,18 +114,18 @@ static void protection_is_that_of_the_mapping(void **state)
     (void)state;
     migrate(device, 10, 30);
     assert_int_equal(mprotect(memory, bytes, PROT_READ), 0);
-    assert_int_equal(ask(memory, bytes, REQ_READ, 0), 0);
+    assert_int_equal(ask_watched(memory, bytes, REQ_READ, 0), 0);
     assert_on_device(10, 30, 0);
-    assert_int_equal(ask(memory + 12 * page, page, REQ_WRITE, 0), -EPERM);
-    assert_int_equal(ask(memory, page, REQ_WRITE, 0), -EPERM);
+    assert_int_equal(ask_watched(memory + 12 * page, page, REQ_WRITE, 0), -EPERM);
+    assert_int_equal(ask_watched(memory, page, REQ_WRITE, 0), -EPERM);
     assert_int_equal(pages_in_state(memory, bytes, HMM_PAGE_DEVICE), 20);
     assert_int_equal(mprotect(memory, bytes, PROT_NONE), 0);
-    assert_int_equal(ask(memory, bytes, REQ_READ, 0), -EFAULT);
-    assert_int_equal(ask(memory, bytes, 0, 0), 0);
+    assert_int_equal(ask_watched(memory, bytes, REQ_READ, 0), -EFAULT);
+    assert_int_equal(ask_watched(memory, bytes, 0, 0), 0);
     for (size_t i = 0; i < PAGES; i++)
         assert_int_equal(pfns[i], HMM_PFN_ERROR);
     assert_int_equal(mprotect(memory, bytes, PROT_READ | PROT_WRITE), 0);
-    assert_int_equal(ask(memory, bytes, REQ_WRITE, 0), 0);
+    assert_int_equal(ask_watched(memory, bytes, REQ_WRITE, 0), 0);
     assert_on_device(10, 30, HMM_PFN_WRITE);
     assert_memory_equal(memory, oracle, bytes);
 }
@@ -211,7 +167,7 @@ static void pages_of_another_device_come_home(void **state)
     hmm_dev other = open_spec("soft:memory=8M");
     migrate(other, 10, 30);
     migrate(device, 0, 5);
-    assert_int_equal(ask(memory, bytes, 0, 0), 0);
+    assert_int_equal(ask_watched(memory, bytes, 0, 0), 0);
     assert_on_device(0, 5, HMM_PFN_WRITE);
     for (size_t i = 10; i < 30; i++)
         assert_int_equal(pfns[i], 0);
@@ -243,18 +199,18 @@ static void lost_pages_are_errors(void **state)
     struct hmm_device_info info = {.size = sizeof(info)};
     assert_int_equal(hmm_device_info(other, &info), 0);
     assert_true(info.lost);
-    assert_int_equal(ask(memory, bytes, 0, 0), 0);
+    assert_int_equal(ask_watched(memory, bytes, 0, 0), 0);
     for (size_t i = 10; i < 30; i++)
         assert_int_equal(pfns[i], HMM_PFN_ERROR);
-    assert_int_equal(ask(memory, bytes, REQ_READ, 0), -EHWPOISON);
-    assert_int_equal(ask(memory, 10 * page, REQ_READ, 0), 0);
+    assert_int_equal(ask_watched(memory, bytes, REQ_READ, 0), -EHWPOISON);
+    assert_int_equal(ask_watched(memory, 10 * page, REQ_READ, 0), 0);
     close_device(other); /* poisons them; nobody knows of a device any more */
-    assert_int_equal(ask(memory, bytes, REQ_READ, 0), -EHWPOISON);
-    assert_int_equal(ask(memory, bytes, 0, 0), 0);
+    assert_int_equal(ask_watched(memory, bytes, REQ_READ, 0), -EHWPOISON);
+    assert_int_equal(ask_watched(memory, bytes, 0, 0), 0);
     for (size_t i = 10; i < 30; i++)
         assert_int_equal(pfns[i], HMM_PFN_ERROR);
     assert_int_equal(madvise(memory + 10 * page, 20 * page, MADV_DONTNEED), 0);
-    assert_int_equal(ask(memory, bytes, REQ_WRITE, 0), 0);
+    assert_int_equal(ask_watched(memory, bytes, REQ_WRITE, 0), 0);
     memset(oracle + 10 * page, 0, 20 * page);
     assert_memory_equal(memory, oracle, bytes);
 }

@@ -11,10 +11,6 @@
 
 #include "range.h"
 
-#ifndef MADV_GUARD_INSTALL
-#define MADV_GUARD_INSTALL 102
-#endif
-
 /* ---- kinds of mappings ---- */
 
 struct kind {

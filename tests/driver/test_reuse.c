@@ -7,6 +7,7 @@
 #include <pthread.h>
 
 #include "support.h"
+#include "unit/maps.h"
 
 #define DEVICE_MEMORY "memory=16M"
 #define BYTES (4 * MIB)
@@ -17,28 +18,21 @@
 
 static size_t page, pages;
 
-static uint64_t used_bytes(hmm_dev dev)
-{
-    struct hmm_device_info info = {.size = sizeof(info)};
-    assert_int_equal(hmm_device_info(dev, &info), 0);
-    return info.used_bytes;
-}
-
 /* Nobody touches the memory meanwhile. */
 static void wait_until_used(hmm_dev dev, uint64_t bytes)
 {
-    for (uint64_t until = now_ms() + JOB_SECONDS * 1000; used_bytes(dev) != bytes && now_ms() < until;)
-        sleep_ms(1);
+    wait_used(dev, bytes);
     assert_int_equal(used_bytes(dev), bytes);
 }
 
 /* What is left to do after an event has been done, and the registration given back, a moment after that. */
-static void wait_until_unmanaged(void)
+static void wait_until_unmanaged(const char *p, size_t bytes)
 {
     for (uint64_t until = now_ms() + JOB_SECONDS * 1000; stats_now().blocks && now_ms() < until;)
         sleep_ms(1);
     assert_int_equal(stats_now().blocks, 0);
-    sleep_ms(20);
+    for (uint64_t until = now_ms() + 200; maps_look(p, bytes).missing && now_ms() < until;)
+        sleep_ms(1);
 }
 
 static void put_there(hmm_dev dev, char *p, size_t bytes, uint64_t seed)
@@ -133,7 +127,7 @@ static void dropped_memory_is_the_kernels_again(void **state)
     for (int round = 0; round < LIVES; round++) {
         put_there(dev, p, SMALL, round);
         free_by(DONTNEED, p, SMALL);
-        wait_until_unmanaged();
+        wait_until_unmanaged(p, SMALL);
         faults += touch_zeros(p, SMALL, round % 2);
     }
     if (faults > LIVES / 30) /* none, but for a thread of the library that did not run for so long */

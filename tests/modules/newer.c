@@ -1,8 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* A driver built with a later header of the same ABI: its structure has a slot that this library does not know. */
-#include <errno.h>
-
-#include <hmm/driver.h>
+#include "nothing.h"
 
 struct newer_driver {
     struct hmm_driver now;
@@ -16,25 +14,8 @@ static int newer_open(struct hmm_device *dev, const union hmm_option_value *valu
     return hmm_pagemap_add(dev, &(struct hmm_pagemap_desc){.type = HMM_PAGEMAP_PRIVATE, .pages = 16});
 }
 
-static void nothing(void *priv)
-{
-    (void)priv;
-}
-
 static void later(void)
 {
-}
-
-static int no_copy(void *priv, enum hmm_dma_kind kind, const struct hmm_dma *v, unsigned n, hmm_fence *fence)
-{
-    (void)priv, (void)kind, (void)v, (void)n, (void)fence;
-    return -EIO;
-}
-
-static int no_clear(void *priv, const struct hmm_dma *v, unsigned n, hmm_fence *fence)
-{
-    (void)priv, (void)v, (void)n, (void)fence;
-    return -EIO;
 }
 
 extern __attribute__((visibility("default"))) const struct newer_driver hmm_driver_entry;

@@ -1,8 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* A driver with one option of each type, whose open() fails with what it was given. */
-#include <errno.h>
-
-#include <hmm/driver.h>
+#include "nothing.h"
 
 enum { SIZE, NUMBER, TEXT, FLAG, MODE, MUST, REST };
 
@@ -25,23 +23,6 @@ static int words_open(struct hmm_device *dev, const union hmm_option_value *v, v
                     (unsigned long long)v[SIZE].number, (unsigned long long)v[NUMBER].number, v[TEXT].string,
                     (unsigned long long)v[FLAG].number, (unsigned long long)v[MODE].number, (unsigned long long)v[MUST].number,
                     v[REST].string);
-}
-
-static void nothing(void *priv)
-{
-    (void)priv;
-}
-
-static int no_copy(void *priv, enum hmm_dma_kind kind, const struct hmm_dma *v, unsigned n, hmm_fence *fence)
-{
-    (void)priv, (void)kind, (void)v, (void)n, (void)fence;
-    return -EIO;
-}
-
-static int no_clear(void *priv, const struct hmm_dma *v, unsigned n, hmm_fence *fence)
-{
-    (void)priv, (void)v, (void)n, (void)fence;
-    return -EIO;
 }
 
 HMM_DRIVER_EXPORT = {

@@ -1,31 +1,20 @@
 /* SPDX-License-Identifier: MIT */
-/* What the stress programs share: a seeded generator, time, and failing with words. */
+/* What the stress programs share: a seeded generator, time, log lines, and failing with words. */
 #ifndef HMM_TESTS_STRESS_H
 #define HMM_TESTS_STRESS_H
 
 #include <hmm/hmm.h>
+
+#include "common/oracle.h"
 
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
 
-static inline uint64_t mix(uint64_t x) /* splitmix64 (Steele, Lea, Flood 2014) */
-{
-    x += 0x9e3779b97f4a7c15ull;
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebull;
-    return x ^ x >> 31;
-}
-
-static inline uint64_t next_random(uint64_t *state)
-{
-    return mix((*state)++);
-}
-
 static inline unsigned below(uint64_t *state, unsigned n)
 {
-    return next_random(state) % n;
+    return random_next(state) % n;
 }
 
 static inline double seconds(void)
@@ -48,6 +37,13 @@ static inline const char *device_spec(const char *fallback)
 {
     const char *spec = getenv("HMM_TEST_DEVICE");
     return spec ? spec : fallback;
+}
+
+static inline void print_warnings(enum hmm_log_level level, const char *line, void *arg)
+{
+    (void)arg;
+    if (level <= HMM_LOG_WARNING)
+        printf("log: %s\n", line);
 }
 
 #define REQUIRE(call)                                                                                                          \

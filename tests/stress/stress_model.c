@@ -72,8 +72,8 @@ static bool all_mapped(struct range r)
 static struct range random_range(size_t max)
 {
     for (int tries = 0; tries < 10; tries++) {
-        struct range r = {.at = next_random(&state) % arena_bytes};
-        r.len = 1 + next_random(&state) % (below(&state, 3) ? max / 16 : max);
+        struct range r = {.at = random_next(&state) % arena_bytes};
+        r.len = 1 + random_next(&state) % (below(&state, 3) ? max / 16 : max);
         if (r.at + r.len > arena_bytes)
             r.len = arena_bytes - r.at;
         if (all_mapped(r))
@@ -109,27 +109,12 @@ static void cpu_read(void)
 static void cpu_write(void)
 {
     struct range r = random_range(RANGE_MAX);
-    uint8_t value = (uint8_t)next_random(&state);
+    uint8_t value = (uint8_t)random_next(&state);
     for (size_t i = r.at; i < r.at + r.len; i++)
         arena[i] = (char)(model[i] = (uint8_t)(value + i * 7));
 }
 
 /* ---- jobs ---- */
-
-static uint32_t crc_of(const uint8_t *data, size_t len)
-{
-    static uint32_t table[256];
-    uint32_t crc = ~0u;
-    if (!table[1])
-        for (uint32_t i = 0; i < 256; i++) {
-            table[i] = i;
-            for (int k = 0; k < 8; k++)
-                table[i] = table[i] >> 1 ^ (0x82f63b78u & -(table[i] & 1));
-        }
-    while (len--)
-        crc = crc >> 8 ^ table[(crc ^ *data++) & 0xff];
-    return ~crc;
-}
 
 /* The job's status; its result in *result. */
 static int finish(hmm_fence *fence, uint64_t *result)
@@ -170,7 +155,7 @@ static uint8_t after[RANGE_MAX];
 static void job_fill(void)
 {
     struct range r = random_range(RANGE_MAX);
-    uint8_t value = (uint8_t)next_random(&state);
+    uint8_t value = (uint8_t)random_next(&state);
     hmm_fence *fence;
     uint64_t result;
     if (r.len == 0 || !worked("fill", hmm_job_fill(any_device(), arena + r.at, value, r.len, &fence)))
@@ -208,7 +193,7 @@ static void job_crc(void)
     uint64_t result;
     if (r.len == 0 || !worked("crc32c", hmm_job_crc32c(any_device(), arena + r.at, r.len, &fence)))
         return;
-    if (finish(fence, &result) == 0 && result != crc_of(model + r.at, r.len))
+    if (finish(fence, &result) == 0 && result != crc_oracle(model + r.at, r.len))
         wrong("the device's checksum of %zu bytes at %zu differs", r.len, r.at);
 }
 
@@ -325,11 +310,7 @@ static void move(void)
 
 static bool present(unsigned p)
 {
-    uint64_t word;
-    off_t at = (off_t)(((uintptr_t)arena / page + p) * sizeof(word));
-    if (pread(pagemap_fd, &word, sizeof(word), at) != sizeof(word))
-        wrong("/proc/self/pagemap: %s", strerror(errno));
-    return word >> 62 != 0; /* present or swapped */
+    return pagemap_read(pagemap_fd, arena + p * page) >> 62 != 0; /* present or swapped */
 }
 
 static bool zero_model(unsigned p)
@@ -397,7 +378,7 @@ static void log_line(enum hmm_log_level level, const char *line, void *arg)
 static void open_device(int i, const char *spec)
 {
     for (int tries = 0;; tries++) {
-        struct hmm_config config = {.size = sizeof(config), .seed = next_random(&state) | 1};
+        struct hmm_config config = {.size = sizeof(config), .seed = random_next(&state) | 1};
         if (i == 0)
             REQUIRE(hmm_configure(&config));
         if (worked("open", hmm_device_open(spec, &devs[i])))

@@ -9,8 +9,7 @@
  *
  * stress_protocol [seconds] [seed]
  */
-#include "stress.h"
-#include "kernels/check_pages.h"
+#include "versions.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -21,10 +20,7 @@
 
 #define PAGES 4096u /* 16 MiB with 4 KiB pages: several times the device */
 
-enum { VERSION_ZERO = 0 }; /* the page is expected to read as zeros */
-
 static char *arena;
-static size_t page;
 static pthread_mutex_t locks[PAGES];
 static uint64_t version[PAGES];
 static atomic_int stop;
@@ -34,16 +30,6 @@ static struct {
     uint64_t cpu, jobs, job_pages, to_device, to_system, dropped, remapped, moved;
 } count;
 static uint64_t failures;
-
-static size_t word_offset(unsigned w)
-{
-    return w == WORDS - 1 ? page - sizeof(uint64_t) : w * (page / WORDS);
-}
-
-static uint64_t expected(unsigned p, uint64_t v, unsigned w)
-{
-    return v == VERSION_ZERO ? 0 : mix((uint64_t)p << 40 ^ v << 4 ^ w);
-}
 
 static void report(const char *who, unsigned p, uint64_t v, unsigned w, uint64_t found)
 {
@@ -72,7 +58,7 @@ static void cpu_write(unsigned p)
 
 static void *cpu_main(void *arg)
 {
-    uint64_t r = mix(seed ^ (uintptr_t)arg);
+    uint64_t r = random_mix(seed ^ (uintptr_t)arg);
     while (!stop) {
         unsigned p = below(&r, PAGES), n = 1 + below(&r, 32);
         for (; n-- && p < PAGES; p++) {
@@ -103,7 +89,7 @@ static void prepare(struct job_arg *a, unsigned p)
 
 static void *job_main(void *arg)
 {
-    uint64_t r = mix(seed ^ (uintptr_t)arg);
+    uint64_t r = random_mix(seed ^ (uintptr_t)arg);
     while (!stop) {
         struct job_arg a = {0};
         unsigned held[JOB_PAGES], p = below(&r, PAGES), stride = below(&r, 4) ? 1 : 1 + below(&r, 600);
@@ -139,7 +125,7 @@ static void *job_main(void *arg)
 
 static void *migrate_main(void *arg)
 {
-    uint64_t r = mix(seed ^ (uintptr_t)arg);
+    uint64_t r = random_mix(seed ^ (uintptr_t)arg);
     while (!stop) {
         unsigned p = below(&r, PAGES), n = 1 + below(&r, below(&r, 4) ? 32 : 1024);
         n = p + n > PAGES ? PAGES - p : n;
@@ -176,9 +162,9 @@ static void release_range(unsigned first, unsigned n)
 static void expect_zeros(const char *who, unsigned first, unsigned n)
 {
     for (unsigned p = first; p < first + n; p++) {
-        version[p] = VERSION_ZERO;
+        version[p] = ZERO;
         cpu_check(who, p);
-        version[p] = mix(p + seed) >> 40; /* versions go on elsewhere: old content must not fit again */
+        version[p] = random_mix(p + seed) >> 40; /* versions go on elsewhere: old content must not fit again */
         cpu_write(p);
     }
 }
@@ -269,7 +255,7 @@ static void move(unsigned first, unsigned n)
 
 static void *map_main(void *arg)
 {
-    uint64_t r = mix(seed ^ (uintptr_t)arg);
+    uint64_t r = random_mix(seed ^ (uintptr_t)arg);
     while (!stop) {
         unsigned first, kind = below(&r, 8), n = hold_range(&r, &first, kind ? 24 : 700);
         if (n && kind < 3)
@@ -285,13 +271,6 @@ static void *map_main(void *arg)
 }
 
 /* ---- */
-
-static void log_line(enum hmm_log_level level, const char *line, void *arg)
-{
-    (void)arg;
-    if (level <= HMM_LOG_WARNING)
-        printf("log: %s\n", line);
-}
 
 static void map_arena(void)
 {
@@ -310,12 +289,12 @@ static void map_arena(void)
 
 int main(int argc, char **argv)
 {
-    double length = argc > 1 ? atof(argv[1]) : 8;
+    double length = argc > 1 ? atof(argv[1]) : 5;
     void *(*const roles[])(void *) = {cpu_main, cpu_main, job_main, job_main, migrate_main, map_main, mapper_main};
     pthread_t threads[sizeof(roles) / sizeof(*roles)];
     seed = seed_of(argc, argv, 2);
     page = hmm_page_size();
-    hmm_set_log(log_line, NULL);
+    hmm_set_log(print_warnings, NULL);
     map_arena();
     REQUIRE(hmm_device_open(device_spec("soft:memory=6M,engines=2"), &dev));
     for (size_t i = 0; i < sizeof(roles) / sizeof(*roles); i++)

@@ -11,8 +11,7 @@
  *
  * stress_races [seconds] [seed]      HMM_DEBUG=delay widens every race.
  */
-#include "stress.h"
-#include "kernels/check_pages.h"
+#include "versions.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -27,10 +26,8 @@
 #define ACTORS 6u
 #define SLICE 256u /* pages of an actor */
 #define PAGES (ACTORS * SLICE)
-#define ZERO 0 /* version of a page that reads as zeros */
 
 static char *arena;
-static size_t page;
 static uint64_t seed;
 static atomic_int stop;
 static hmm_dev dev;
@@ -71,26 +68,24 @@ static const struct calls *calls_of(const struct actor *a)
 
 /* ---- what pages hold ---- */
 
-static size_t word_offset(unsigned w)
-{
-    return w == WORDS - 1 ? page - sizeof(uint64_t) : w * (page / WORDS);
-}
-
-static uint64_t expected(const struct actor *a, uint64_t v, unsigned w)
-{
-    return v == ZERO ? 0 : mix((uint64_t)a->index << 56 ^ v << 4 ^ w);
-}
-
 static volatile uint64_t *word(const struct actor *a, unsigned p, unsigned w)
 {
     return (volatile uint64_t *)(a->slice + p * page + word_offset(w));
 }
 
+/* enum hmm_page_state; -1: it is not known, in a child. */
+static int state_of(const void *at)
+{
+    struct hmm_page_info info;
+    return hmm_range_query(at, page, &info, 1) == 1 ? info.state : -1;
+}
+
 static void fail(const struct actor *a, const char *what, unsigned p, uint64_t found, uint64_t right)
 {
     if (__atomic_fetch_add(&failures, 1, __ATOMIC_RELAXED) < 8)
-        printf("FAIL actor %u (%s), %s, page %u at %p: found %#llx, expected %#llx\n", a->index, op_names[a->doing], what, p,
-               (void *)(a->slice + p * page), (unsigned long long)found, (unsigned long long)right);
+        printf("FAIL actor %u (%s), %s, page %u at %p, state %d: found %#llx, expected %#llx\n", a->index, op_names[a->doing],
+               what, p, (void *)(a->slice + p * page), state_of(a->slice + p * page), (unsigned long long)found,
+               (unsigned long long)right);
 }
 
 static void __attribute__((noreturn)) broken(const struct actor *a, const char *call)
@@ -100,14 +95,26 @@ static void __attribute__((noreturn)) broken(const struct actor *a, const char *
     _exit(1);
 }
 
+/* How much of a page is not as the model says: one word tells of a race, all of a page that was lost. */
+static void report(const struct actor *a, const char *what, unsigned p, uint64_t found, uint64_t right)
+{
+    unsigned wrong = 0, zero = 0;
+    for (unsigned w = 0; w < WORDS; w++) {
+        wrong += *word(a, p, w) != expected(a->index, a->version[p], w);
+        zero += *word(a, p, w) == 0;
+    }
+    fail(a, what, p, found, right);
+    printf("     of %u words %u are wrong, %u are zero\n", WORDS, wrong, zero);
+}
+
 /* True: every page is as the model says. */
 static bool check(const struct actor *a, const char *what, unsigned first, unsigned n)
 {
     for (unsigned p = first; p < first + n; p++)
         for (unsigned w = 0; w < WORDS; w++) {
-            uint64_t found = *word(a, p, w), right = expected(a, a->version[p], w);
+            uint64_t found = *word(a, p, w), right = expected(a->index, a->version[p], w);
             if (found != right) {
-                fail(a, what, p, found, right);
+                report(a, what, p, found, right);
                 return false;
             }
         }
@@ -119,7 +126,7 @@ static void write_pages(struct actor *a, unsigned first, unsigned n)
     for (unsigned p = first; p < first + n; p++) {
         a->version[p] = ++a->next;
         for (unsigned w = 0; w < WORDS; w++)
-            *word(a, p, w) = expected(a, a->version[p], w);
+            *word(a, p, w) = expected(a->index, a->version[p], w);
     }
 }
 
@@ -155,8 +162,8 @@ static hmm_fence *start_job(struct actor *a, unsigned first, unsigned n)
         j->addr = at(a, p);
         for (unsigned w = 0; w < WORDS; w++) {
             j->offset[w] = word_offset(w);
-            j->before[w] = expected(a, a->version[p], w);
-            j->after[w] = expected(a, a->next + arg.n, w);
+            j->before[w] = expected(a->index, a->version[p], w);
+            j->after[w] = expected(a->index, a->next + arg.n, w);
         }
     }
     struct hmm_range range = {.addr = (uintptr_t)at(a, first), .bytes = n * page, .write = 1};
@@ -234,8 +241,8 @@ static void lazily_free(struct actor *a, unsigned first, unsigned n)
         broken(a, "MADV_FREE");
     for (unsigned p = first; p < first + n; p++) {
         uint64_t found = *word(a, p, 1);
-        if (found != 0 && found != expected(a, a->version[p], 1))
-            fail(a, "freed", p, found, expected(a, a->version[p], 1));
+        if (found != 0 && found != expected(a->index, a->version[p], 1))
+            fail(a, "freed", p, found, expected(a->index, a->version[p], 1));
     }
     write_pages(a, first, n);
 }
@@ -404,7 +411,7 @@ static void *actor_main(void *arg)
 
 static void *migrate_main(void *arg)
 {
-    uint64_t r = mix(seed ^ (uintptr_t)arg);
+    uint64_t r = random_mix(seed ^ (uintptr_t)arg);
     while (!stop && !failures) {
         unsigned p = below(&r, PAGES), n = 1 + below(&r, below(&r, 4) ? 64 : PAGES);
         n = p + n > PAGES ? PAGES - p : n;
@@ -422,27 +429,22 @@ static void *migrate_main(void *arg)
 /* A device that comes, takes what it gets, and goes, while others touch its pages. */
 static void *closer_main(void *arg)
 {
-    uint64_t r = mix(seed ^ (uintptr_t)arg);
+    uint64_t r = random_mix(seed ^ (uintptr_t)arg);
     while (!stop && !failures) {
         hmm_dev other;
         REQUIRE(hmm_device_open("soft:memory=1M,engines=1", &other));
         for (unsigned i = below(&r, 6); i > 0; i--) {
             unsigned p = below(&r, PAGES - 200);
             int e = hmm_migrate_to_device(other, arena + p * page, 200 * page, NULL);
-            if (e && e != -EFAULT)
+            if (e && e != -EFAULT) {
                 printf("FAIL migration to the other device: %s\n", hmm_last_message());
+                __atomic_fetch_add(&failures, 1, __ATOMIC_RELAXED);
+            }
         }
         REQUIRE(hmm_device_close(other));
         __atomic_fetch_add(&closings, 1, __ATOMIC_RELAXED);
     }
     return NULL;
-}
-
-static void log_line(enum hmm_log_level level, const char *line, void *arg)
-{
-    (void)arg;
-    if (level <= HMM_LOG_WARNING)
-        printf("log: %s\n", line);
 }
 
 static struct actor *new_actor(unsigned i)
@@ -451,32 +453,35 @@ static struct actor *new_actor(unsigned i)
     a->index = i;
     a->slice = arena + i * SLICE * page;
     a->aside = arena + (PAGES + i * SLICE) * page;
-    a->random = mix(seed + i);
+    a->random = random_mix(seed + i);
     write_pages(a, 0, SLICE);
     return a;
 }
 
-/* Far below where the kernel puts mappings by itself: the holes that actors leave must not become somebody else's. */
-#define ARENA ((char *)((uintptr_t)1 << 40))
+/* Far below where the kernel puts mappings by itself: the holes that actors leave must not become somebody else's. Above the shadow of
+ * AddressSanitizer. */
+#define ARENA ((char *)((uintptr_t)1 << 45))
 
 static void map_arena(void)
 {
     size_t bytes = PAGES * page;
     arena = mmap(ARENA, 2 * bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
-    if (arena != ARENA || mprotect(arena, bytes, PROT_READ | PROT_WRITE))
+    if (arena != ARENA || mprotect(arena, bytes, PROT_READ | PROT_WRITE)) {
+        printf("FAIL no arena at %p: %s\n", (void *)ARENA, strerror(errno));
         _exit(1);
+    }
 }
 
 int main(int argc, char **argv)
 {
-    double length = argc > 1 ? atof(argv[1]) : 8;
+    double length = argc > 1 ? atof(argv[1]) : 5;
     struct actor *actors[ACTORS];
     pthread_t threads[ACTORS + 2];
     bool busy = true;
     setvbuf(stdout, NULL, _IOLBF, 0);
     seed = seed_of(argc, argv, 2);
     page = hmm_page_size();
-    hmm_set_log(log_line, NULL);
+    hmm_set_log(print_warnings, NULL);
     map_arena();
     REQUIRE(hmm_device_open(device_spec("soft:memory=3M,engines=2"), &dev));
     for (unsigned i = 0; i < ACTORS; i++) {

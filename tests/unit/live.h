@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* For tests that run the whole library on memory of their own: memory, oracles, and what the kernel says. */
+/* For tests that run the whole library on memory of their own. */
 #ifndef TESTS_UNIT_LIVE_H
 #define TESTS_UNIT_LIVE_H
 
@@ -13,20 +13,14 @@
 
 #include <hmm/hmm.h>
 
-#define LIVE_BLOCK ((size_t)2 << 20)
+#include "common/oracle.h"
 
-static inline uint64_t live_mix(uint64_t x) /* splitmix64 (Steele, Lea, Flood 2014) */
-{
-    x += 0x9e3779b97f4a7c15ull;
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebull;
-    return x ^ x >> 31;
-}
+#define LIVE_BLOCK ((size_t)2 << 20)
 
 static inline void live_fill(void *to, size_t bytes, uint64_t seed)
 {
     for (size_t i = 0; i < bytes; i++)
-        ((volatile uint8_t *)to)[i] = (uint8_t)live_mix(seed + i);
+        ((volatile uint8_t *)to)[i] = (uint8_t)random_mix(seed + i);
 }
 
 /* Block-aligned address space without access, of whole blocks. */
@@ -43,26 +37,13 @@ static inline bool live_map(void *at, size_t bytes)
     return p == at && madvise(at, bytes, MADV_NOHUGEPAGE) == 0;
 }
 
-/* Present or swapped, as the kernel reports it. Touches nothing. */
-static inline bool live_present(const void *at)
+/* A mapping of its own: neighbours without access on both sides. */
+static inline char *map_alone(size_t bytes)
 {
-    uint64_t word = 0;
-    int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    ssize_t n = pread(fd, &word, sizeof(word), (off_t)((uintptr_t)at / hmm_page_size() * sizeof(word)));
-    close(fd);
-    return n == sizeof(word) && word >> 62 != 0;
-}
-
-/* CRC-32C bit by bit, as the definition says. */
-static inline uint32_t live_crc(const void *data, size_t len)
-{
-    uint32_t crc = ~0u;
-    for (const uint8_t *p = data; len--; p++) {
-        crc ^= *p;
-        for (int k = 0; k < 8; k++)
-            crc = crc >> 1 ^ (0x82f63b78u & -(crc & 1));
-    }
-    return ~crc;
+    char *at = live_reserve(bytes + 2 * LIVE_BLOCK);
+    if (!at || !live_map(at + LIVE_BLOCK, bytes))
+        abort();
+    return at + LIVE_BLOCK;
 }
 
 #endif

@@ -5,49 +5,21 @@
  * cell checks the notifier's events with their ranges, when they came, and the content that the CPU and the device find afterwards,
  * against a model that the library never sees. docs/calls.md shows the same table; that it does is a test, too.
  */
-#include <errno.h>
-#include <pthread.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <string.h>
 #include <sys/syscall.h>
 
-#include <cmocka.h>
-
-#include "api/manager.h"
-#include "debug/inject.h"
-#include "live.h"
-
-#ifndef MADV_GUARD_INSTALL
-#define MADV_GUARD_INSTALL 102
-#define MADV_GUARD_REMOVE 103
-#endif
-#ifndef MADV_DONTNEED_LOCKED
-#define MADV_DONTNEED_LOCKED 24
-#endif
-#ifndef MADV_COLLAPSE
-#define MADV_COLLAPSE 25
-#endif
-#ifndef MREMAP_DONTUNMAP
-#define MREMAP_DONTUNMAP 4
-#endif
+#include "common/uapi.h"
+#include "watcher.h"
 
 #define PAGES 32u
 #define FIRST 8u /* what the calls change: pages [FIRST, LAST) */
 #define LAST 16u
-#define SECONDS_MAX 55
 #define NOTHING (-1) /* no event */
 
 enum how { ANNOUNCED, PLAIN, HOWS };
 enum place { MIRRORED, ON_DEVICE, IN_FLIGHT, PLACES };
 
-static size_t page;
 static char *arena, *away; /* a block each */
 static uint8_t *oracle;    /* what arena is to hold */
-static hmm_dev handle;
-static struct hmm_device *dev;
-static unsigned errors_logged;
 
 static char *part(void)
 {
@@ -300,22 +272,9 @@ static const struct row rows[] = {
 
 /* ---- content ---- */
 
-static uint32_t device_crc(const void *at, size_t len)
-{
-    hmm_fence *fence;
-    struct hmm_fence_info info = {.size = sizeof(info)};
-    assert_int_equal(hmm_job_crc32c(handle, at, len, &fence), 0);
-    hmm_fence_wait(fence, -1);
-    assert_int_equal(hmm_fence_info(fence, &info), 0);
-    hmm_fence_put(fence);
-    if (info.status)
-        fail_msg("the device cannot read %p: %d, %s", at, info.status, info.message);
-    return (uint32_t)info.result;
-}
-
 static void same(const char *what, const char *at, const uint8_t *expected, size_t len)
 {
-    if (device_crc(at, len) != live_crc(expected, len))
+    if (device_crc(at, len) != crc_oracle(expected, len))
         fail_msg("%s: the device reads something else", what);
     for (size_t i = 0; i < len; i++)
         if (((const volatile uint8_t *)at)[i] != expected[i])
@@ -328,7 +287,7 @@ static void same_or_zeros(const char *what, const char *at, const uint8_t *expec
     for (size_t i = 0; i < len; i += page)
         if (memcmp(at + i, expected + i, page) != 0 && memcmp(at + i, zeros, page) != 0)
             fail_msg("%s: page %zu is neither zeros nor what it was", what, i / page);
-    assert_int_equal(device_crc(at, len), live_crc(at, len));
+    assert_int_equal(device_crc(at, len), crc_oracle(at, len));
 }
 
 static bool is_mapped(const char *at)
@@ -416,6 +375,22 @@ static void expect_event(const char *what, int type, bool inside)
         fail_msg("%s: no event %d of the part, %s the call", what, type, inside ? "before" : "after");
 }
 
+/* Nothing else was told: no other type, nothing wider, nothing beside. */
+static void expect_no_other(const char *what, int type)
+{
+    pthread_mutex_lock(&seen.lock);
+    struct hmm_event other = {0};
+    bool found = false;
+    for (unsigned i = 0; i < seen.n && !found; i++) {
+        other = seen.event[i];
+        found = (int)other.type != type || other.start != (uintptr_t)part() || other.end != (uintptr_t)part() + part_bytes();
+    }
+    pthread_mutex_unlock(&seen.lock);
+    if (found)
+        fail_msg("%s: event %d of [%#lx, %#lx), beside the part", what, other.type, (unsigned long)other.start,
+                 (unsigned long)other.end);
+}
+
 static void fill(uint64_t seed)
 {
     assert_true(live_map(arena, PAGES * page));
@@ -441,16 +416,6 @@ static void mirror_arena(void)
                          HMM_PFN_VALID | ((uintptr_t)arena / page + i));
 }
 
-static size_t on_device(const char *at, size_t len)
-{
-    struct hmm_page_info info[PAGES];
-    size_t n = 0;
-    assert_int_equal(hmm_range_query(at, len, info, PAGES), len / page);
-    for (size_t i = 0; i < len / page; i++)
-        n += info[i].state == HMM_PAGE_DEVICE;
-    return n;
-}
-
 /* Pages that keep their content keep their place, too, unless the call touches them. */
 static void check_place(const char *what, const struct row *row, enum after after)
 {
@@ -465,7 +430,7 @@ static void run_cell(const struct row *row, enum place place, enum how how)
     char what[128];
     static const char *const places[] = {"mirrored", "on the device", "in flight"};
     snprintf(what, sizeof(what), "%s, %s, %s", row->name, places[place], how == ANNOUNCED ? "announced" : "plain");
-    fill(live_mix((uint64_t)(row - rows) * 16 + place * 4 + how));
+    fill(random_mix((uint64_t)(row - rows) * 16 + place * 4 + how));
     assert_int_equal(hmm_notifier_insert(dev, &notifier, (uintptr_t)arena, (uintptr_t)arena + PAGES * page, &remembers), 0);
     if (place == ON_DEVICE)
         migrate();
@@ -481,6 +446,7 @@ static void run_cell(const struct row *row, enum place place, enum how how)
     if (type != NOTHING) {
         assert_true(place == IN_FLIGHT || hmm_notifier_read_retry(&notifier, seq));
         expect_event(what, type, how == ANNOUNCED);
+        expect_no_other(what, type);
     } else if (events_seen()) {
         fail_msg("%s: event %d of [%#lx, %#lx)", what, seen.event[0].type, (unsigned long)seen.event[0].start,
                  (unsigned long)seen.event[0].end);
@@ -566,46 +532,25 @@ static void docs_calls_md_shows_this_table(void **state)
 
 /* ---- life ---- */
 
-static void count_errors(enum hmm_log_level level, const char *line, void *arg)
-{
-    (void)arg;
-    if (level <= HMM_LOG_WARNING)
-        fprintf(stderr, "library: %s\n", line);
-    errors_logged += level == HMM_LOG_ERROR;
-}
-
 static int set_up(void **state)
 {
-    (void)state;
-    page = hmm_page_size();
-    errors_logged = 0;
-    alarm(SECONDS_MAX);
-    hmm_set_log(count_errors, NULL);
+    if (watcher_set_up(state))
+        return -1;
     arena = live_reserve(LIVE_BLOCK);
     away = live_reserve(LIVE_BLOCK);
     oracle = mmap(NULL, PAGES * page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (hmm_device_open("soft:memory=8M,engines=1", &handle))
-        return -1;
-    dev = device_get(handle);
-    device_put(dev);
-    inject_points_on = 1;
     inject_point_hook = between;
     return 0;
 }
 
 static int tear_down(void **state)
 {
-    (void)state;
-    inject_point_hook = NULL;
-    inject_points_on = 0;
     hmm_notifier_remove(&notifier); /* of a test that failed */
-    hmm_device_close(handle);
+    int r = watcher_tear_down(state);
     munmap(arena, LIVE_BLOCK);
     munmap(away, LIVE_BLOCK);
     munmap(oracle, PAGES * page);
-    hmm_set_log(NULL, NULL);
-    alarm(0);
-    return errors_logged ? -1 : 0;
+    return r;
 }
 
 int main(void)

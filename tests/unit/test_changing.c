@@ -60,8 +60,8 @@ static void random_marks_match_a_plain_array(void **state)
     unsigned found = 0;
     for (int step = 0; step < 20000; step++) {
         size_t page = os_page_size();
-        uintptr_t start = BASE + live_mix(seed++) % (GRANULES * GRANULE / page) * page;
-        uintptr_t len = live_mix(seed++) % 8 ? live_mix(seed++) % (4 * GRANULE) : live_mix(seed++) % (200 * GRANULE);
+        uintptr_t start = BASE + random_mix(seed++) % (GRANULES * GRANULE / page) * page;
+        uintptr_t len = random_mix(seed++) % 8 ? random_mix(seed++) % (4 * GRANULE) : random_mix(seed++) % (200 * GRANULE);
         uintptr_t end = (start + len + page) & ~(page - 1);
         if (end > BASE + GRANULES * GRANULE)
             continue;
@@ -102,17 +102,34 @@ static void what_the_map_does_not_cover_matters(void **state)
     assert_false(changing_matters(BASE, BASE + 4096));
     changing_mark(0, (uintptr_t)1 << 46); /* a device that mirrors everything */
     assert_true(changing_matters(BASE, BASE + 4096));
-    assert_int_equal(changing_start(), 0);
+    changing_mark(0, (uintptr_t)1 << 45);
+    changing_unmark_large(0, (uintptr_t)1 << 46);
+    assert_true(changing_matters(BASE, BASE + 4096));
+    changing_unmark_large(0, (uintptr_t)1 << 45);
+    assert_false(changing_matters(BASE, BASE + 4096));
+}
+
+/* A device may be given an address that no memory can have. */
+static void what_is_above_all_memory_costs_others_nothing(void **state)
+{
+    (void)state;
+    uintptr_t top = (uintptr_t)1 << 47;
+    changing_mark(top, top + 4096);
+    changing_mark(UINTPTR_MAX - 8191, UINTPTR_MAX - 4095);
+    assert_false(changing_matters(BASE, BASE + 4096));
+    changing_mark(top - 4096, top + 4096);
+    assert_true(changing_matters(top - 4096, top));
     assert_false(changing_matters(BASE, BASE + 4096));
 }
 
 /* ---- slots ---- */
 
-static uint32_t waited;
+static uint32_t runs, waited;
 
 static void *wait_for_range(void *arg)
 {
     uintptr_t start = (uintptr_t)arg;
+    __atomic_store_n(&runs, 1, __ATOMIC_SEQ_CST);
     changing_wait(start, start + 4096);
     __atomic_store_n(&waited, 1, __ATOMIC_SEQ_CST);
     return NULL;
@@ -126,8 +143,10 @@ static void a_device_waits_for_a_silent_change_of_its_range_only(void **state)
     assert_true(s >= 0 && other >= 0 && s != other);
     changing_wait(BASE + 8192, BASE + GRANULE); /* beside both: does not wait */
     for (int announced = 0; announced < 2; announced++) {
-        waited = 0;
+        runs = waited = 0;
         pthread_create(&thread, NULL, wait_for_range, (void *)(BASE + 4096));
+        while (!__atomic_load_n(&runs, __ATOMIC_SEQ_CST))
+            usleep(100);
         usleep(50000);
         assert_int_equal(__atomic_load_n(&waited, __ATOMIC_SEQ_CST), 0);
         if (announced) {
@@ -146,6 +165,78 @@ static void a_device_waits_for_a_silent_change_of_its_range_only(void **state)
     assert_false(changing_keeps_off(0, UINTPTR_MAX));
     changing_leave(other);
     changing_wait(0, UINTPTR_MAX);
+}
+
+static unsigned errors;
+
+static void count_errors(enum hmm_log_level level, const char *line, void *arg)
+{
+    (void)line;
+    (void)arg;
+    errors += level == HMM_LOG_ERROR;
+}
+
+/* Its thread was killed, as a child of vfork. */
+static void a_change_that_does_not_end_is_given_up_once(void **state)
+{
+    (void)state;
+    uint64_t most = changing_wait_max_ns, began = os_now();
+    int s = changing_enter(BASE, BASE + 4096);
+    changing_apart(s);
+    errors = 0;
+    hmm_set_log(count_errors, NULL);
+    assert_false(changing_wait_timeout(BASE, BASE + 4096, 30000000));
+    assert_in_range(os_now() - began, 30000000, 5000000000);
+    assert_true(changing_wait_timeout(BASE + 4096, BASE + 8192, 0));
+    changing_wait_max_ns = 100000000;
+    changing_wait(BASE, BASE + 4096);
+    changing_wait_max_ns = most;
+    bool over = changing_wait_timeout(BASE, BASE + 4096, 100000000);
+    hmm_set_log(NULL, NULL);
+    assert_true(over);
+    assert_false(changing_stands(s) || changing_keeps_off(0, UINTPTR_MAX));
+    assert_int_equal(errors, 1);
+    changing_leave(s);
+    assert_false(changing_keeps_off(0, UINTPTR_MAX));
+}
+
+/* Two that follow each other in one slot: the second has its own time. */
+static void a_change_is_not_given_up_for_the_time_of_the_one_before(void **state)
+{
+    (void)state;
+    pthread_t thread;
+    uint64_t most = changing_wait_max_ns;
+    changing_wait_max_ns = 1000000000;
+    errors = runs = waited = 0;
+    hmm_set_log(count_errors, NULL);
+    int s = changing_enter(BASE, BASE + 4096);
+    pthread_create(&thread, NULL, wait_for_range, (void *)BASE);
+    while (!__atomic_load_n(&runs, __ATOMIC_SEQ_CST))
+        usleep(100);
+    usleep(700000);
+    changing_leave(s); /* the one who waits is rarely quick enough to see it empty */
+    assert_int_equal(changing_enter(BASE, BASE + 4096), s);
+    usleep(600000);
+    bool stands = changing_stands(s);
+    changing_leave(s);
+    pthread_join(thread, NULL);
+    changing_wait_max_ns = most;
+    hmm_set_log(NULL, NULL);
+    assert_true(stands);
+    assert_int_equal(errors, 0);
+}
+
+/* What one takes to have a second is not kept from it by those who want a first. */
+static void the_last_slots_are_for_those_who_have_one(void **state)
+{
+    (void)state;
+    int slot[CHANGING_SLOTS];
+    for (int i = 0; i < 100; i++)
+        assert_true((slot[i] = changing_enter_below(BASE, BASE + 4096, 100)) >= 0);
+    assert_int_equal(changing_enter_below(BASE, BASE + 4096, 100), -1);
+    assert_true((slot[100] = changing_enter(BASE, BASE + 4096)) >= 0);
+    for (int i = 0; i <= 100; i++)
+        changing_leave(slot[i]);
 }
 
 static void slots_are_as_many_as_said_and_come_back(void **state)
@@ -217,6 +308,10 @@ int main(void)
         cmocka_unit_test_setup(a_granule_is_not_cleared_in_part_nor_while_somebody_is_there, set_up),
         cmocka_unit_test_setup(what_the_map_does_not_cover_matters, set_up),
         cmocka_unit_test_setup(a_device_waits_for_a_silent_change_of_its_range_only, set_up),
+        cmocka_unit_test_setup(what_is_above_all_memory_costs_others_nothing, set_up),
+        cmocka_unit_test_setup(a_change_that_does_not_end_is_given_up_once, set_up),
+        cmocka_unit_test_setup(a_change_is_not_given_up_for_the_time_of_the_one_before, set_up),
+        cmocka_unit_test_setup(the_last_slots_are_for_those_who_have_one, set_up),
         cmocka_unit_test_setup(slots_are_as_many_as_said_and_come_back, set_up),
         cmocka_unit_test_setup(a_change_that_saw_no_mark_is_over_when_the_device_has_looked, set_up),
     };

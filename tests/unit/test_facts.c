@@ -16,6 +16,7 @@
 
 #include <cmocka.h>
 
+#include "common/oracle.h"
 #include "inspect/facts.h"
 #include "sim/sim.h"
 
@@ -43,15 +44,6 @@ static bool permitted(void)
 
 /* ---- the real kernel ---- */
 
-static int open_descriptors(void)
-{
-    int n = 0;
-
-    for (int fd = 0; fd < 1024; fd++)
-        n += fcntl(fd, F_GETFD) >= 0;
-    return n;
-}
-
 struct tally {
     unsigned items, ok, unseen, missing;
 };
@@ -59,7 +51,7 @@ struct tally {
 /* May stay unseen: races, and what needs swap space, a huge page or locked memory. */
 static bool may_be_unseen(const char *name)
 {
-    static const char *const prefixes[] = {"1:", "5:", "6:", "10:", "19:", "20:", "18: mlockall"};
+    static const char *const prefixes[] = {"1:", "5:", "6:", "10:", "19:", "20:", "18: mlockall", "26:"};
 
     for (size_t i = 0; i < sizeof(prefixes) / sizeof(prefixes[0]); i++)
         if (!strncmp(name, prefixes[i], strlen(prefixes[i])))
@@ -169,6 +161,15 @@ static int64_t lie_move(int uffd, uintptr_t dst, uintptr_t src, size_t len)
 {
     (void)uffd, (void)dst, (void)src;
     return (int64_t)len;
+}
+
+static int64_t garble_move(int uffd, uintptr_t dst, uintptr_t src, size_t len)
+{
+    int64_t r = os_linux.uffd_move(uffd, dst, src, len);
+
+    if (r == (int64_t)len)
+        ++*(char *)dst;
+    return r;
 }
 
 /* A kernel that would lose a page. */
@@ -361,6 +362,62 @@ static void test_differences(void **state)
     expect_different("22:", "is not said to be");
     odd.uffd_read = no_unmaps;
     expect_different("23:", "never came");
+    odd.uffd_move = garble_move;
+    expect_different("24:", "something else");
+    odd.uffd_move = garble_move;
+    expect_different("25:", "something else");
+}
+
+/* The descriptor that comes with the event is the parent's. */
+static int parents_descriptor(int uffd, struct uffd_msg *msgs, unsigned n)
+{
+    int got = os_linux.uffd_read(uffd, msgs, n);
+
+    for (int i = 0; i < got; i++)
+        if (msgs[i].event == UFFD_EVENT_FORK)
+            msgs[i].arg.fork.ufd = (uint32_t)uffd;
+    return got;
+}
+
+static int no_fork_event(uint64_t features, struct os_uffd *out)
+{
+    return features & UFFD_FEATURE_EVENT_FORK ? -EPERM : os_linux.uffd_open(features, out);
+}
+
+static void collect_any(const struct hmm_check_item *item, void *arg)
+{
+    (void)arg;
+    snprintf(why, sizeof(why), "%s", item->detail);
+}
+
+static void expect_said(const char *fact, const char *words)
+{
+    int different = facts_run(fact, 3500, collect_any, NULL);
+
+    if (different || !strstr(why, words))
+        fail_msg("fact %s: \"%s\" is not about \"%s\"", fact, why, words);
+}
+
+/* Without the right to the event that is said, and nothing is different. */
+static void test_fork_event(void **state)
+{
+    struct os_uffd u;
+    int err = os_linux.uffd_open(OS_UFFD_REQUIRED | UFFD_FEATURE_EVENT_FORK, &u);
+
+    (void)state;
+    if (!permitted())
+        skip();
+    odd.uffd_open = no_fork_event;
+    os = &odd;
+    expect_said("26:", "CAP_SYS_PTRACE");
+    os = &os_linux;
+    odd = os_linux;
+    if (err)
+        skip();
+    os_linux.close(u.fd);
+    expect_said("26:", "reached the child");
+    odd.uffd_read = parents_descriptor;
+    expect_different("26:", "");
 }
 
 /* ---- hanging and dying ---- */
@@ -415,7 +472,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup(test_this_kernel, start_real),    cmocka_unit_test_setup(test_no_permission, start_real),
         cmocka_unit_test_setup(test_check, start_real),          cmocka_unit_test_setup(test_differences, start_real),
-        cmocka_unit_test_setup(test_hang_and_death, start_real),
+        cmocka_unit_test_setup(test_hang_and_death, start_real), cmocka_unit_test_setup(test_fork_event, start_real),
     };
 
     return cmocka_run_group_tests_name("facts", tests, NULL, NULL);

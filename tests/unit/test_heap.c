@@ -10,6 +10,7 @@
 
 #include "base/heap.h"
 #include "base/util.h"
+#include "common/oracle.h"
 
 #define NODES 2000
 
@@ -22,14 +23,6 @@ struct item {
 static bool before(const struct heap_node *a, const struct heap_node *b)
 {
     return container_of(a, struct item, node)->key < container_of(b, struct item, node)->key;
-}
-
-static uint64_t next_random(uint64_t *state) /* splitmix64 */
-{
-    uint64_t z = *state += 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
 }
 
 static uint64_t smallest(const struct item *items)
@@ -48,14 +41,14 @@ static void test_against_an_array(void **state)
     struct heap h = {.before = before};
     uint64_t seed = 42;
     for (int step = 0; step < 20000; step++) {
-        struct item *i = &items[next_random(&seed) % NODES];
-        bool pop = next_random(&seed) % 4 == 0 && h.first;
+        struct item *i = &items[random_next(&seed) % NODES];
+        bool pop = random_next(&seed) % 4 == 0 && h.first;
         if (pop)
             i = container_of(h.first, struct item, node);
         if (i->in) {
             heap_remove(&h, &i->node);
         } else {
-            i->key = next_random(&seed) % 1000; /* some are equal */
+            i->key = random_next(&seed) % 1000; /* some are equal */
             heap_insert(&h, &i->node);
         }
         i->in = !i->in;

@@ -74,8 +74,7 @@ static void test_every_descending_pair_is_a_violation(void **state)
             lock_violations = 0;
             mutex_lock(&a);
             mutex_lock(&b);
-            bool legal = inner > outer || (inner == RANK_BLOCK && outer == RANK_BLOCK);
-            assert_int_equal(lock_violations, legal ? 0 : 1);
+            assert_int_equal(lock_violations, inner > outer ? 0 : 1);
             mutex_unlock(&b);
             mutex_unlock(&a);
             lock_forget();
@@ -103,30 +102,6 @@ static void test_violation_names_the_lock(void **state)
     mutex_unlock(&a);
     rwlock_destroy(&b);
     mutex_destroy(&a);
-}
-
-static void test_block_locks_nest_and_are_counted(void **state)
-{
-    (void)state;
-    struct mutex a, b, c;
-    mutex_init(&a, RANK_BLOCK);
-    mutex_init(&b, RANK_BLOCK);
-    mutex_init(&c, RANK_AS);
-    mutex_lock(&a);
-    mutex_lock(&b);
-    mutex_unlock(&a);
-    lock_assert_held(RANK_BLOCK);
-    assert_int_equal(lock_violations, 0);
-    mutex_lock(&c); /* b is still held */
-    assert_int_equal(lock_violations, 1);
-    mutex_unlock(&c);
-    mutex_unlock(&b);
-    assert_int_equal(lock_held_ranks(), 0);
-    lock_assert_held(RANK_BLOCK);
-    assert_int_equal(lock_violations, 2);
-    mutex_destroy(&a);
-    mutex_destroy(&b);
-    mutex_destroy(&c);
 }
 
 static void test_assertions(void **state)
@@ -433,7 +408,6 @@ int main(void)
         T(test_ascending_order_is_no_violation),
         T(test_every_descending_pair_is_a_violation),
         T(test_violation_names_the_lock),
-        T(test_block_locks_nest_and_are_counted),
         T(test_assertions),
         T(test_release_without_lock_is_a_violation),
         T(test_waiting_under_another_lock_is_a_violation),

@@ -4,50 +4,27 @@
  * oracle for that, and a copy that the library never sees for their content.
  */
 #include <pthread.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include <cmocka.h>
-
 #include "api/manager.h"
-#include "live.h"
+#include "live_device.h"
 #include "maps.h"
 
 #define SECONDS_MAX 100 /* a hang is a failure */
 
-static size_t page;
-static hmm_dev dev;
-
 static int set_up(void **state)
 {
     (void)state;
-    page = hmm_page_size();
-    alarm(SECONDS_MAX);
-    int r = hmm_device_open("soft:memory=160M,engines=1", &dev);
-    if (r)
-        fail_msg("open: %d, %s", r, hmm_last_message());
+    live_set_up(SECONDS_MAX);
+    open_spec("soft:memory=160M,engines=1");
     return 0;
 }
 
 static int tear_down(void **state)
 {
     (void)state;
-    bool bad = hmm_audit() != 0 || hmm_device_close(dev) != 0;
-    dev = 0;
-    alarm(0);
-    return bad ? -1 : 0;
-}
-
-static struct hmm_migrate_result to_device(const void *at, size_t len)
-{
-    struct hmm_migrate_result res = {.size = sizeof(res)};
-    int r = hmm_migrate_to_device(dev, at, len, &res);
-    if (r)
-        fail_msg("to device: %d, %s", r, hmm_last_message());
-    return res;
+    return live_tear_down() ? 0 : -1;
 }
 
 static struct hmm_stats stats(void)
@@ -83,19 +60,9 @@ static void expect_no_regions(void)
     assert_int_equal(regions(), 0);
 }
 
-/* A mapping of its own: neighbours without access on both sides. */
-static char *map_alone(size_t bytes)
-{
-    char *at = live_reserve(bytes + 2 * LIVE_BLOCK);
-    assert_non_null(at);
-    at += LIVE_BLOCK;
-    assert_true(live_map(at, bytes));
-    return at;
-}
-
 static uint8_t byte_of(size_t i)
 {
-    return (uint8_t)(live_mix(i) | 1);
+    return (uint8_t)(random_mix(i) | 1);
 }
 
 static void fill_pages(char *at, size_t pages, size_t first)
@@ -308,22 +275,6 @@ static void with_dontunmap_the_old_place_reads_as_zeros(void **state)
     munmap(to, 500 * page);
 }
 
-static void half_of_a_huge_page_can_be_moved(void **state)
-{
-    (void)state;
-    size_t pages = LIVE_BLOCK / page;
-    char *at = map_alone(LIVE_BLOCK), *to = map_alone(LIVE_BLOCK);
-    madvise(at, LIVE_BLOCK, MADV_HUGEPAGE);
-    fill_pages(at, pages, 3);
-    assert_int_equal(to_device(at, LIVE_BLOCK).moved, pages);
-    size_t half = LIVE_BLOCK / 2;
-    assert_ptr_equal(mremap(at + half, half, half, MREMAP_MAYMOVE | MREMAP_FIXED, to), to);
-    check_pages("the half that moved", to, pages / 2, 3 + pages / 2);
-    check_pages("the half that stayed", at, pages / 2, 3);
-    munmap(at, half);
-    munmap(to, LIVE_BLOCK);
-}
-
 static void a_part_can_be_unmapped(void **state)
 {
     (void)state;
@@ -489,10 +440,38 @@ static void user_mode_only_registers_one_block(void **state)
     assert_int_equal(hmm_device_open("soft:memory=16M,engines=1", &dev), 0);
 }
 
+#define BESIDE ((size_t)16 << 20)
+
+static int set_up_closed(void **state)
+{
+    (void)state;
+    live_set_up(SECONDS_MAX);
+    return 0;
+}
+
+/* The kernel puts what comes next right below, and merges it with the mapping where it is alike: stacks of the C library are that to
+ * memory without huge pages. They never leave. */
+static void a_mapping_that_library_threads_come_next_to_is_movable(void **state)
+{
+    (void)state;
+    char *p = mmap(NULL, BESIDE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    assert_ptr_not_equal(p, MAP_FAILED);
+    assert_int_equal(madvise(p, BESIDE, MADV_NOHUGEPAGE), 0);
+    fill_pages(p, BESIDE / page, 0);
+    open_spec("soft:memory=160M,engines=1");
+    struct hmm_migrate_result res = to_device(p, BESIDE);
+    assert_int_equal(res.unmovable, 0);
+    assert_int_equal(res.moved, BESIDE / page);
+    check_pages("beside stacks", p, BESIDE / page, 0);
+    munmap(p, BESIDE);
+}
+
 int main(void)
 {
 #define TEST(f) cmocka_unit_test_setup_teardown(f, set_up, tear_down)
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(a_mapping_that_library_threads_come_next_to_is_movable, set_up_closed,
+                                        tear_down), /* first: no stack is there yet */
         TEST(a_mapping_is_registered_as_a_whole_and_given_back_as_a_whole),
         TEST(first_touches_are_native_when_nothing_is_away),
         TEST(many_small_ranges_of_one_mapping),
@@ -502,7 +481,6 @@ int main(void)
         TEST(it_can_grow_in_place),
         TEST(what_has_grown_is_armed_or_given_back),
         TEST(with_dontunmap_the_old_place_reads_as_zeros),
-        TEST(half_of_a_huge_page_can_be_moved),
         TEST(a_part_can_be_unmapped),
         TEST(a_part_can_be_made_read_only),
         TEST(untouched_memory_is_filled_in_large_windows),

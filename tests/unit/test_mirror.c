@@ -44,7 +44,7 @@ static int set_up(void **state)
     oracle = mmap(NULL, DIRS * LIVE_BLOCK, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     assert_true(live_map(arena, DIRS * LIVE_BLOCK));
     for (size_t i = 0; i < DIRS * LIVE_BLOCK; i += sizeof(uint64_t)) {
-        uint64_t word = live_mix(i);
+        uint64_t word = random_mix(i);
         memcpy(oracle + i, &word, sizeof(word));
     }
     memcpy(arena, oracle, DIRS * LIVE_BLOCK);
@@ -363,11 +363,215 @@ static void tracked_runs_are_written_page_by_page(void **state)
     assert_int_equal(hmm_mirror_collect_dirty(eye.m, at(0), at(DIRS * PAGES), dirty), 2);
     assert_int_equal(dirty[0], 3 << 3);
     assert_int_equal(eye.last.type, HMM_EVENT_SOFT_DIRTY);
-    assert_false(current(&run)); /* the device has to ask again */
+    assert_true(eye.last.start == at(0) && eye.last.end == at(PAGES)); /* of the directory that has them, no more */
+    assert_false(current(&run));                                       /* the device has to ask again */
     assert_int_equal(hmm_mirror_collect_dirty(eye.m, at(0), at(DIRS * PAGES), dirty), 0);
+    assert_int_equal(eye_resolve(&eye, at(5), HMM_FAULT_WRITE, &run), 0);
+    assert_int_equal(hmm_mirror_collect_dirty(eye.m, at(2), at(7), dirty), 1);
+    assert_int_equal(dirty[0], 1 << 3);
+    assert_int_equal(eye.last.type, HMM_EVENT_SOFT_DIRTY);
+    assert_true(eye.last.start == at(2) && eye.last.end == at(7));
+    assert_true(eye.last_start == at(2) && eye.last_end == at(7));
     assert_int_equal(eye_resolve(&eye, at(4), HMM_FAULT_READ, &run), 0);
     assert_int_equal(run.flags & HMM_MIRROR_WRITE, 0);
 }
+
+/* ---- what is handed out, and marked, while the mirror has its device let go ------------------------------------------------- */
+
+static struct hmm_mirror_run taken;
+static void (*step)(void);
+
+static void at_collect(const char *point)
+{
+    if (strcmp(point, "mirror-collect") || !step)
+        return;
+    void (*once)(void) = step;
+    step = NULL;
+    once();
+}
+
+static int64_t collect_with(void (*what)(void), size_t n, uint64_t *dirty)
+{
+    step = what;
+    inject_point_hook = at_collect;
+    inject_points_on = 1;
+    int64_t got = hmm_mirror_collect_dirty(eye.m, at(0), at(n), dirty);
+    inject_points_on = 0;
+    inject_point_hook = NULL;
+    assert_null(step);
+    return got;
+}
+
+static void take_for_writing(void)
+{
+    assert_int_equal(eye_resolve(&eye, at(3), HMM_FAULT_WRITE, &taken), 0);
+}
+
+/* Of a directory with nothing dirty: the device is not asked, and goes on writing through what it gets just then. */
+static void what_is_handed_out_meanwhile_is_collected_later(void **state)
+{
+    (void)state;
+    uint64_t dirty[1];
+    open_eye(HMM_MIRROR_TRACK_DIRTY, 0);
+    to_device(0, 16);
+    look_at(0);
+    assert_int_equal(collect_with(take_for_writing, 64, dirty), 0);
+    assert_true(current(&taken));
+    eye_at(&eye, &taken, at(3))[0]++;
+    oracle[3 * page]++;
+    assert_int_equal(hmm_mirror_collect_dirty(eye.m, at(0), at(64), dirty), 1);
+    assert_int_equal(dirty[0], 1 << 3);
+    assert_false(current(&taken));
+}
+
+static void mark_what_was_written(struct eye *e, const struct hmm_mirror_change *c)
+{
+    if (c->event->type == HMM_EVENT_SOFT_DIRTY)
+        assert_int_equal(hmm_mirror_mark(e->m, at(5), at(7), HMM_MIRROR_DIRTY, 0), 0);
+}
+
+static void what_is_marked_when_the_device_lets_go_is_collected(void **state)
+{
+    (void)state;
+    uint64_t dirty[1];
+    open_eye(0, 0);
+    to_device(0, 16);
+    look_at(0);
+    eye.meanwhile = mark_what_was_written;
+    assert_int_equal(hmm_mirror_collect_dirty(eye.m, at(0), at(64), dirty), 2);
+    assert_int_equal(dirty[0], 3 << 5);
+    eye.meanwhile = NULL;
+    assert_int_equal(hmm_mirror_collect_dirty(eye.m, at(0), at(64), dirty), 0);
+}
+
+static int take_first(const struct hmm_mirror_run *run, void *arg)
+{
+    *(struct hmm_mirror_run *)arg = *run;
+    return 1;
+}
+
+static void walk_meanwhile(struct eye *e, const struct hmm_mirror_change *c)
+{
+    (void)c;
+    assert_int_equal(hmm_mirror_walk(e->m, at(0), at(16), 0, take_first, &taken), 1);
+}
+
+static void a_walk_hands_out_nothing_that_is_let_go_of(void **state)
+{
+    (void)state;
+    uint64_t dirty[1];
+    open_eye(0, 0);
+    to_device(0, 16);
+    look_at(0);
+    eye.meanwhile = walk_meanwhile;
+    assert_int_equal(hmm_mirror_discard(eye.m, at(0), at(16)), 0);
+    eye.meanwhile = NULL;
+    assert_false(current(&taken));
+    look_at(0);
+    eye.meanwhile = walk_meanwhile;
+    assert_int_equal(hmm_mirror_collect_dirty(eye.m, at(0), at(64), dirty), 0);
+    eye.meanwhile = NULL;
+    assert_false(current(&taken));
+    assert_int_equal(hmm_mirror_walk(eye.m, at(0), at(16), 0, take_first, &taken), 1);
+    assert_true(current(&taken));
+}
+
+static void a_walk_lets_write_what_was_noted(void **state)
+{
+    (void)state;
+    struct hmm_mirror_dir *dir;
+    uint64_t entries[16], seq;
+    struct hmm_mirror_run run;
+    open_eye(HMM_MIRROR_TRACK_DIRTY, 0);
+    to_device(0, 16);
+    assert_int_equal(eye_resolve(&eye, at(3), HMM_FAULT_WRITE, &run), 0);
+    struct seen s = walk(0);
+    assert_int_equal(hmm_mirror_dir_get(eye.m, at(0), &dir), 0);
+    assert_int_equal(hmm_mirror_dir_read(dir, at(0), at(16), entries, &seq), 0);
+    for (size_t i = 0; i < 16; i++) {
+        assert_int_equal(s.bits[i], i == 3 ? 7 : 1);
+        assert_int_equal(!!(entries[i] & HMM_MIRROR_WRITE), i == 3);
+    }
+    hmm_mirror_dir_put(dir);
+}
+
+static uint32_t reads, lets_go, has_let_go;
+
+static void let_go_slowly(struct eye *e, const struct hmm_mirror_change *c)
+{
+    (void)e;
+    (void)c;
+    __atomic_store_n(&lets_go, 1, __ATOMIC_SEQ_CST);
+    os_sleep(50000000);
+    __atomic_store_n(&has_let_go, 1, __ATOMIC_SEQ_CST);
+}
+
+static void *discard_there(void *arg)
+{
+    (void)arg;
+    hmm_mirror_discard(eye.m, at(0), at(8));
+    return NULL;
+}
+
+static pthread_t discarder;
+
+/* When it was read from core, before it is copied. */
+static void discard_at_read(const char *point)
+{
+    if (strcmp(point, "mirror-read") || ++reads > 1)
+        return;
+    eye.meanwhile = let_go_slowly;
+    pthread_create(&discarder, NULL, discard_there, NULL);
+    for (int i = 0; i < 5000 && !__atomic_load_n(&lets_go, __ATOMIC_SEQ_CST); i++)
+        os_sleep(1000000);
+}
+
+static void a_directory_is_not_read_while_it_is_let_go_of(void **state)
+{
+    (void)state;
+    struct hmm_mirror_dir *dir;
+    uint64_t entries[8], seq;
+    open_eye(0, 0);
+    to_device(0, 8);
+    reads = lets_go = has_let_go = 0;
+    assert_int_equal(hmm_mirror_dir_get(eye.m, at(0), &dir), 0);
+    inject_point_hook = discard_at_read;
+    inject_points_on = 1;
+    assert_int_equal(hmm_mirror_dir_read(dir, at(0), at(8), entries, &seq), 0);
+    assert_int_equal(__atomic_load_n(&has_let_go, __ATOMIC_SEQ_CST), 1);
+    inject_points_on = 0;
+    inject_point_hook = NULL;
+    assert_int_equal(reads, 2);
+    pthread_join(discarder, NULL);
+    eye.meanwhile = NULL;
+    hmm_mirror_dir_put(dir);
+}
+
+static void send_bitmap_away(void)
+{
+    to_device(20, 1);
+}
+
+/* What brings them home has this directory invalidated. */
+static void answers_may_stand_in_memory_that_is_away(void **state)
+{
+    (void)state;
+    uint64_t *dirty = (uint64_t *)at(20);
+    struct hmm_mirror_run *run = (struct hmm_mirror_run *)at(21);
+    open_eye(0, 0);
+    to_device(0, 8);
+    look_at(0);
+    assert_int_equal(hmm_mirror_mark(eye.m, at(2), at(4), HMM_MIRROR_DIRTY, 0), 0);
+    assert_int_equal(collect_with(send_bitmap_away, 64, dirty), 2);
+    assert_int_equal(dirty[0], 3 << 2);
+    look_at(0);
+    to_device(21, 1);
+    assert_int_equal(hmm_mirror_lookup(eye.m, at(1), HMM_FAULT_READ, run), 0);
+    assert_true(run->start <= at(1) && run->end > at(1));
+    memcpy(oracle + 20 * page, (void *)at(20), 2 * page);
+}
+
+/* ---- against a set ------------------------------------------------------------------------------------------------------- */
 
 /* Random reads and writes of the device, touches of the CPU, drops and collections of parts, against a set of pages. */
 static void collections_match_a_set(void **state)
@@ -380,7 +584,7 @@ static void collections_match_a_set(void **state)
     open_eye(HMM_MIRROR_TRACK_DIRTY, 0);
     struct hmm_mirror_run cached = {.start = 0};
     for (unsigned round = 0; round < 4000; round++) {
-        random = live_mix(random + round);
+        random = random_mix(random + round);
         size_t i = random % (DIRS * PAGES), n = 1 + (random >> 20) % 8;
         uint64_t value = random;
         if (i + n > DIRS * PAGES)
@@ -441,7 +645,7 @@ static void *write_on(void *arg)
     uint64_t seed = (uintptr_t)arg, random = seed;
     struct hmm_mirror_run cached = {.start = 0};
     for (uint64_t n = 0; !__atomic_load_n(&stop_writers, __ATOMIC_RELAXED); n++) {
-        random = live_mix(random + n);
+        random = random_mix(random + n);
         size_t i = random % FOLLOW_PAGES;
         uint64_t value = random;
         /* Words of its own, many on one page through one run. */
@@ -478,7 +682,7 @@ static void a_copy_of_what_is_collected_misses_nothing(void **state)
     for (unsigned i = 0; i < 300 || __atomic_load_n(&written, __ATOMIC_RELAXED) < 300; i++) {
         collect_into(copy);
         if (i % 8 == 0)
-            ((volatile char *)arena)[live_mix(i) % FOLLOW_PAGES * page + 4000] = 0; /* the CPU has it back */
+            ((volatile char *)arena)[random_mix(i) % FOLLOW_PAGES * page + 4000] = 0; /* the CPU has it back */
     }
     __atomic_store_n(&stop_writers, 1, __ATOMIC_RELAXED);
     collect_into(copy); /* while they write for the last time, through runs that they have */
@@ -655,6 +859,41 @@ static void pages_are_mapped_for_the_bus_once(void **state)
     assert_int_equal(wrong_maps, 0);
 }
 
+static unsigned device_pages;
+
+static void unmap_and_count(void *priv, uintptr_t addr, uint64_t entry)
+{
+    device_pages += !!(entry & HMM_MIRROR_DEVICE);
+    unmap_page(priv, addr, entry);
+}
+
+/* A page that comes to the mirror's own device is not invalidated: what it is called by stays in use. */
+static void what_was_not_invalidated_stays_mapped(void **state)
+{
+    (void)state;
+    struct hmm_mirror_run run, other;
+    memset(mapped, 0, sizeof(mapped));
+    maps = unmaps = wrong_maps = device_pages = 0;
+    eye.ops.dma_map = map_page;
+    eye.ops.dma_unmap = unmap_and_count;
+    open_eye(HMM_MIRROR_SYSTEM, 0);
+    to_device(8, 4);
+    drop(20, 1);
+    assert_int_equal(eye_resolve(&eye, at(2), HMM_FAULT_READ, &run), 0);
+    to_device(2, 1);
+    assert_true(current(&run));
+    assert_int_equal(eye_resolve(&eye, at(20), HMM_FAULT_READ, &other), 0);
+    assert_true(current(&run));
+    assert_int_equal(unmaps, 0);
+    assert_int_equal(hmm_mirror_lookup(eye.m, at(2), HMM_FAULT_READ, &other), 0);
+    assert_int_equal(other.page, run.page);
+    /* Those of the device and the others are told apart when they are taken back. */
+    assert_int_equal(hmm_mirror_unregister(eye.m), 0);
+    assert_int_equal(unmaps, maps);
+    assert_int_equal(device_pages, 4);
+    assert_int_equal(wrong_maps, 0);
+}
+
 /* ---- several of them ----------------------------------------------------------------------------------------------------- */
 
 static void several_mirrors_of_several_devices(void **state)
@@ -715,10 +954,10 @@ static void a_mirror_of_system_memory(void **state)
     assert_true(run.start >= at(8) && run.end <= at(16) && run.flags & HMM_MIRROR_DEVICE);
     assert_memory_equal(eye_at(&eye, &run, at(9)), oracle + 9 * page, page);
     /* What is not there comes into system memory, the zero page only for reading. */
-    assert_false(live_present(fresh + 5 * page));
+    assert_false(page_present(fresh + 5 * page));
     assert_int_equal(eye_resolve(&eye, (uintptr_t)fresh + 5 * page, HMM_FAULT_READ, &run), 0);
     assert_true(run.flags & HMM_MIRROR_VALID && !(run.flags & (HMM_MIRROR_WRITE | HMM_MIRROR_DEVICE)));
-    assert_true(live_present(fresh + 5 * page));
+    assert_true(page_present(fresh + 5 * page));
     assert_int_equal(eye_resolve(&eye, (uintptr_t)fresh + 5 * page, HMM_FAULT_WRITE, &run), 0);
     assert_true(run.flags & HMM_MIRROR_WRITE);
     /* What the program does to it is seen, nothing of it being on a device. */
@@ -791,12 +1030,19 @@ int main(void)
         TEST(an_answer_that_is_old_is_not_written_down),
         TEST(marks_stand_until_they_are_cleared),
         TEST(tracked_runs_are_written_page_by_page),
+        TEST(what_is_handed_out_meanwhile_is_collected_later),
+        TEST(what_is_marked_when_the_device_lets_go_is_collected),
+        TEST(a_walk_hands_out_nothing_that_is_let_go_of),
+        TEST(a_walk_lets_write_what_was_noted),
+        TEST(a_directory_is_not_read_while_it_is_let_go_of),
+        TEST(answers_may_stand_in_memory_that_is_away),
         TEST(collections_match_a_set),
         TEST(a_copy_of_what_is_collected_misses_nothing),
         TEST(what_is_discarded_is_gone_and_nothing_else),
         TEST(the_table_is_bounded),
         TEST(a_kept_directory_is_read_at_one_moment),
         TEST(pages_are_mapped_for_the_bus_once),
+        TEST(what_was_not_invalidated_stays_mapped),
         TEST(several_mirrors_of_several_devices),
         TEST(a_mirror_of_system_memory),
         TEST(what_makes_no_sense_is_refused),

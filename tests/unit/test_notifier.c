@@ -1,35 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* Interval notifiers: who is called, in which order, who waits for whom; against a plain list, and under threads that follow
  * the driver's protocol and check what it promises. */
-#include <errno.h>
-#include <pthread.h>
-#include <sched.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include <cmocka.h>
-
-#include "notifier/notifier.h"
-#include "os/os.h"
-
-#define PAGE ((uintptr_t)os_page_size())
-#define DEVICE(i) ((struct hmm_device *)(uintptr_t)(0x1000 * (i))) /* never followed */
-
-static struct notifier_tree tree;
-static unsigned log_lines;
-static char logged[400];
-
-static void keep(enum hmm_log_level level, const char *line, void *arg)
-{
-    (void)level;
-    (void)arg;
-    log_lines++;
-    snprintf(logged, sizeof(logged), "%s", line);
-}
+#include "notifier.h"
 
 static int set_up(void **state)
 {
@@ -132,7 +104,7 @@ static void test_event_is_passed_on(void **state)
     notifier_remove(&tree, &n);
 }
 
-static void test_owners_leave_out_or_single_out_and_nothing_else(void **state)
+static void test_owners_leave_out_and_nothing_else(void **state)
 {
     (void)state;
     struct hmm_notifier n;
@@ -140,7 +112,7 @@ static void test_owners_leave_out_or_single_out_and_nothing_else(void **state)
     insert(&n, 10, 20, &recording);
     for (int type = HMM_EVENT_UNMAP; type <= HMM_EVENT_RELEASE; type++) {
         for (int owner = 0; owner <= 2; owner++) {
-            bool own = (type == HMM_EVENT_MIGRATE && owner == 1) || (type == HMM_EVENT_SOFT_DIRTY && owner == 2);
+            bool own = type == HMM_EVENT_MIGRATE && owner == 1;
             uint64_t seq = hmm_notifier_seq(&n);
             ncalled = 0;
             assert_int_equal(notifier_begin(&tree, &inv, 10 * PAGE, 11 * PAGE, (enum hmm_event_type)type, DEVICE(owner)), !own);
@@ -171,7 +143,7 @@ static void test_bad_intervals_are_refused(void **state)
         assert_non_null(strstr(hmm_last_message(), "notifier"));
         assert_int_equal(notifier_remove(&tree, &n), -ENOENT);
     }
-    assert_int_equal(notifier_count(&tree), 0);
+    assert_int_equal(tree.count, 0);
 }
 
 /* ---- random operations against a list ---- */
@@ -201,8 +173,7 @@ static void check_invalidation(unsigned *seed)
     for (unsigned i = 0; i < NODES; i++) {
         seq[i] = inserted[i] ? hmm_notifier_seq(&node[i]) : 0;
         if (inserted[i] && start < end && node[i].start < end && start < node[i].end &&
-            !(type == HMM_EVENT_MIGRATE && node[i].dev == owner) &&
-            !(type == HMM_EVENT_SOFT_DIRTY && owner && node[i].dev != owner))
+            !(type == HMM_EVENT_MIGRATE && node[i].dev == owner))
             expected[n++] = &node[i];
     }
     qsort(expected, n, sizeof(expected[0]), by_key);
@@ -246,14 +217,14 @@ static void test_random_intervals_against_list(void **state)
             inserted[i] = true;
             count++;
         }
-        assert_int_equal(notifier_count(&tree), count);
+        assert_int_equal(tree.count, count);
         if (step % 8 == 0)
             assert_true(notifier_tree_is_valid(&tree));
     }
     for (unsigned i = 0; i < NODES; i++)
         if (inserted[i])
             notifier_remove(&tree, &node[i]);
-    assert_int_equal(notifier_count(&tree), 0);
+    assert_int_equal(tree.count, 0);
     assert_null(tree.root);
 }
 
@@ -420,7 +391,7 @@ static void test_removal_by_own_callback_is_refused_by_name(void **state)
     assert_int_equal(log_lines, 1);
     assert_non_null(strstr(logged, "removing-self"));
     assert_non_null(strstr(hmm_last_message(), "removing-self"));
-    assert_int_equal(notifier_count(&tree), 2); /* nothing was done */
+    assert_int_equal(tree.count, 2); /* nothing was done */
     assert_int_equal(invalidate(0, 100), 2);
     assert_int_equal(notifier_remove(&tree, &a), 0);
     assert_int_equal(notifier_remove(&tree, &b), 0);
@@ -474,27 +445,9 @@ static void test_answers(void **state)
 
 /* ---- who waits ---- */
 
-static pthread_t start(void *(*fn)(void *), void *arg)
-{
-    pthread_t t;
-    assert_int_equal(pthread_create(&t, NULL, fn, arg), 0);
-    return t;
-}
-
-static uint32_t load(const uint32_t *word)
-{
-    return __atomic_load_n(word, __ATOMIC_ACQUIRE);
-}
-
 static void store(uint32_t *word, uint32_t value)
 {
     __atomic_store_n(word, value, __ATOMIC_RELEASE);
-}
-
-static void wait_for(const uint32_t *word, uint32_t value)
-{
-    while (load(word) != value)
-        sched_yield();
 }
 
 /* Sleepers on the tree, as the tree itself counts them. */
@@ -619,7 +572,7 @@ static void test_remove_waits_for_all_running_callbacks(void **state)
     pthread_t t = start(remove_it, &r);
     wait_for_sleepers(1);
     assert_int_equal(load(&r.done), 0);
-    assert_int_equal(notifier_count(&tree), 0);
+    assert_int_equal(tree.count, 0);
     store(&gate_open, 1);
     pthread_join(t, NULL);
     pthread_join(a, NULL);
@@ -817,7 +770,7 @@ static void test_removed_notifiers_are_never_called(void **state)
         pthread_join(t[i], NULL);
     assert_int_equal(ghosts, 0);
     assert_int_equal(tree.callbacks, mortal_calls);
-    assert_int_equal(notifier_count(&tree), 0);
+    assert_int_equal(tree.count, 0);
     assert_true(notifier_tree_is_valid(&tree));
     assert_true(list_empty(&tree.active));
 }
@@ -829,7 +782,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         T(test_overlap_is_half_open),
         T(test_event_is_passed_on),
-        T(test_owners_leave_out_or_single_out_and_nothing_else),
+        T(test_owners_leave_out_and_nothing_else),
         T(test_bad_intervals_are_refused),
         T(test_random_intervals_against_list),
         T(test_sorted_insertion_stays_shallow),

@@ -18,6 +18,7 @@
 
 #include <cmocka.h>
 
+#include "common/oracle.h"
 #include "os/linux.h"
 
 #define PAGE os_page_size()
@@ -72,14 +73,6 @@ static bool resident(const void *p, size_t pages, unsigned want_flags)
         if ((r[i].flags & want_flags) == want_flags)
             seen += r[i].end - r[i].start;
     return seen == pages * PAGE;
-}
-
-static bool all_bytes(const char *p, char value, size_t len)
-{
-    for (size_t i = 0; i < len; i++)
-        if (p[i] != value)
-            return false;
-    return true;
 }
 
 /* ---- helpers without a table ---- */

@@ -11,6 +11,7 @@
 
 #include <cmocka.h>
 
+#include "common/oracle.h"
 #include "mem_source.h"
 #include "pagetable/pagetable.h"
 
@@ -37,14 +38,6 @@ static int tear_down(void **state)
         print_error("%lu bytes leaked, %lu lock violations\n", (unsigned long)mem_used(), (unsigned long)lock_violations);
     mem_exit();
     return bad;
-}
-
-static uint64_t random_next(uint64_t *state) /* splitmix64 (Steele, Lea, Flood 2014) */
-{
-    uint64_t x = *state += 0x9e3779b97f4a7c15ull;
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebull;
-    return x ^ x >> 31;
 }
 
 static uint64_t seed_now(void)

@@ -11,6 +11,7 @@
 
 #include <cmocka.h>
 
+#include "common/oracle.h"
 #include "sim/sim.h"
 
 enum { OK, DEGRADED, MISSING, NOT_SEEN };
@@ -267,15 +268,6 @@ static void test_no_memory(void **state)
     assert_true(probe_on(&s) < 0);
     assert_int_equal(item("PAGEMAP_SCAN")->status, MISSING);
     assert_int_equal(item("moving a page")->status, NOT_SEEN);
-}
-
-static int open_descriptors(void)
-{
-    int n = 0;
-
-    for (int fd = 0; fd < 1024; fd++)
-        n += fcntl(fd, F_GETFD) >= 0;
-    return n;
 }
 
 /* The machine that runs the test: the result agrees with the items, and the descriptors with what was open before. */

@@ -4,47 +4,22 @@
  * unmaps, drops, moves or touches the pages under migration; a wrapped table of system calls does what another thread could have done
  * between two of them. Content is compared with a copy that the library never sees, by the CPU and by the device.
  */
-#include <errno.h>
 #include <pthread.h>
-#include <setjmp.h>
 #include <signal.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <string.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 
-#include <cmocka.h>
-
 #include "api/manager.h"
-#include "debug/inject.h"
-#include "live.h"
+#include "arena.h"
+#include "events.h"
+#include "points.h"
 
 #define PAGES 32u
 #define FIRST 8u /* what changes: pages [FIRST, LAST) */
 #define LAST 16u
 #define SECONDS_MAX 50 /* a hang is a failure */
 
-static size_t page;
-static char *arena, *away; /* PAGES each, in blocks of their own */
-static uint8_t *oracle;    /* what arena holds */
-static bool moved_away;    /* pages [FIRST, LAST) of oracle are at away */
-static hmm_dev dev;
-static struct os_ops hooked;
-static unsigned errors_logged;
-
-static void count_errors(enum hmm_log_level level, const char *line, void *arg)
-{
-    (void)arg;
-    if (level <= HMM_LOG_WARNING)
-        fprintf(stderr, "library: %s\n", line);
-    errors_logged += level == HMM_LOG_ERROR;
-}
-
-static size_t bytes(unsigned pages)
-{
-    return pages * page;
-}
+static bool moved_away; /* pages [FIRST, LAST) of oracle are at away */
 
 /* Data, zero pages and absent pages. */
 static void fill_arena(uint64_t seed)
@@ -64,56 +39,27 @@ static void fill_arena(uint64_t seed)
     moved_away = false;
 }
 
-/* Without the right to be told of forks: the environment variable HMM_TEST_FORK is "handlers". */
-static bool by_handlers;
-
-static int open_without_fork_event(uint64_t features, struct os_uffd *out)
-{
-    return features & UFFD_FEATURE_EVENT_FORK ? -EPERM : os_linux.uffd_open(features, out);
-}
-
 static int set_up(void **state)
 {
     (void)state;
-    page = hmm_page_size();
-    errors_logged = 0;
-    alarm(SECONDS_MAX);
-    hmm_set_log(count_errors, NULL);
-    arena = live_reserve(LIVE_BLOCK);
-    away = live_reserve(LIVE_BLOCK);
-    oracle = mmap(NULL, bytes(PAGES), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    hooked = os_linux;
-    const char *fork_by = getenv("HMM_TEST_FORK");
-    by_handlers = fork_by && !strcmp(fork_by, "handlers");
-    if (by_handlers)
-        hooked.uffd_open = open_without_fork_event;
-    os = &hooked;
+    live_set_up(SECONDS_MAX);
+    arena_set_up(PAGES);
     return 0;
 }
 
 static int tear_down(void **state)
 {
     (void)state;
-    inject_point_hook = NULL;
-    inject_points_on = 0;
-    if (dev) /* the test failed: the next one is to begin anew */
-        hmm_device_close(dev);
-    dev = 0;
+    forget_point();
+    bool good = live_tear_down(); /* of a test that failed, the device is open */
     inject_stop();
-    os = &os_linux;
-    munmap(arena, LIVE_BLOCK);
-    munmap(away, LIVE_BLOCK);
-    munmap(oracle, bytes(PAGES));
-    hmm_set_log(NULL, NULL);
-    alarm(0);
-    return errors_logged ? -1 : 0;
+    arena_tear_down(PAGES);
+    return good ? 0 : -1;
 }
 
 static void open_device(void)
 {
-    int r = hmm_device_open("soft:memory=8M,engines=1", &dev);
-    if (r)
-        fail_msg("open: %d, %s", r, hmm_last_message());
+    open_spec("soft:memory=8M,engines=1");
 }
 
 static void close_device(void)
@@ -121,15 +67,6 @@ static void close_device(void)
     assert_int_equal(hmm_audit(), 0);
     assert_int_equal(hmm_device_close(dev), 0);
     dev = 0;
-}
-
-static struct hmm_migrate_result to_device(void *at, size_t len)
-{
-    struct hmm_migrate_result res = {.size = sizeof(res)};
-    int r = hmm_migrate_to_device(dev, at, len, &res);
-    if (r)
-        fail_msg("to device: %d, %s", r, hmm_last_message());
-    return res;
 }
 
 static uint32_t device_crc(const void *at, size_t len)
@@ -147,7 +84,7 @@ static uint32_t device_crc(const void *at, size_t len)
 
 static void check_part(const char *what, const char *at, const uint8_t *expected, size_t len, bool by_device)
 {
-    if (by_device && device_crc(at, len) != live_crc(expected, len))
+    if (by_device && device_crc(at, len) != crc_oracle(expected, len))
         fail_msg("%s: the device reads something else", what);
     for (size_t i = 0; i < len; i++)
         if (((const volatile uint8_t *)at)[i] != expected[i])
@@ -333,35 +270,6 @@ static const struct change {
 
 /* ---- one change at one point ---- */
 
-static const char *point_wanted;
-static void (*point_action)(void);
-static uint32_t point_hits;
-
-/* Once: what the action sets off passes the same points. */
-static void at_point(const char *point)
-{
-    if (!point_wanted || strcmp(point, point_wanted))
-        return;
-    if (__atomic_fetch_add(&point_hits, 1, __ATOMIC_SEQ_CST) == 0)
-        point_action();
-}
-
-static void arm_point(const char *point, void (*action)(void))
-{
-    point_wanted = point;
-    point_action = action;
-    __atomic_store_n(&point_hits, 0, __ATOMIC_SEQ_CST);
-    inject_point_hook = at_point;
-    __atomic_store_n(&inject_points_on, 1, __ATOMIC_SEQ_CST);
-}
-
-static void disarm_point(const char *what)
-{
-    __atomic_store_n(&inject_points_on, 0, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&point_hits, __ATOMIC_SEQ_CST) == 0)
-        fail_msg("%s: the point was not passed", what);
-}
-
 enum direction { OUT, OUT_FAILING, HOME };
 
 static void try_change(const char *point, const struct change *c, enum direction direction, uint64_t seed, bool device_first)
@@ -488,45 +396,47 @@ static void a_mapping_that_changes_before_it_is_registered_is_looked_at_again(vo
 }
 
 /* Two threads' events arrive in the other order: the remap before the unmap of what stood at its target. */
-static struct uffd_msg held;
-static uint32_t holding; /* 1: hold the next unmap; 2: held; 3: given */
-
-static int read_reordered(int uffd, struct uffd_msg *msgs, unsigned n)
-{
-    int got = os_linux.uffd_read(uffd, msgs, n - 1), kept = 0;
-    bool remap = false;
-    for (int i = 0; i < got; i++) {
-        if (holding == 1 && msgs[i].event == UFFD_EVENT_UNMAP) {
-            held = msgs[i];
-            __atomic_store_n(&holding, 2, __ATOMIC_SEQ_CST);
-            continue;
-        }
-        remap |= msgs[i].event == UFFD_EVENT_REMAP;
-        msgs[kept++] = msgs[i];
-    }
-    if (remap && holding == 2) {
-        msgs[kept++] = held;
-        __atomic_store_n(&holding, 3, __ATOMIC_SEQ_CST);
-    }
-    return got < 0 ? got : kept;
-}
-
 static void an_unmap_that_a_remap_has_overtaken_is_of_the_old_mapping(void **state)
 {
     (void)state;
-    hooked.uffd_read = read_reordered;
+    hooked.uffd_read = read_held;
     open_device();
     fill_arena(1);
     assert_true(live_map(away, bytes(PAGES)));
     live_fill(away, bytes(PAGES), 3);
     to_device(arena, bytes(PAGES));
     to_device(away, bytes(PAGES));
-    __atomic_store_n(&holding, 1, __ATOMIC_SEQ_CST);
+    hold_unmap_of(away + bytes(FIRST));
     munmap(away + bytes(FIRST), bytes(LAST - FIRST));
     move();
-    assert_int_equal(holding, 3);
+    expect_holding(3);
     assert_int_equal(hmm_audit(), 0);
     check_all("after an overtaken unmap", true);
+    close_device();
+    holding = 0;
+}
+
+/* The same of a range of which only the beginning was registered: it is told as a whole. */
+static void an_overtaken_unmap_of_more_than_is_registered(void **state)
+{
+    (void)state;
+    hooked.uffd_read = read_held;
+    open_device();
+    fill_arena(1);
+    assert_true(live_map(away, bytes(FIRST)));
+    live_fill(away, bytes(FIRST), 3);
+    to_device(arena, bytes(PAGES));
+    to_device(away, bytes(FIRST));
+    hold_unmap_of(away);
+    munmap(away, bytes(PAGES));
+    assert_ptr_equal(mremap(arena, bytes(PAGES), bytes(PAGES), MREMAP_MAYMOVE | MREMAP_FIXED, away), away);
+    expect_holding(3);
+    assert_int_equal(hmm_audit(), 0);
+    check_part("after an overtaken unmap of more", away, oracle, bytes(PAGES), true);
+    munmap(away + bytes(LAST), bytes(PAGES - LAST)); /* and this is its own */
+    assert_true(live_map(away + bytes(LAST), bytes(PAGES - LAST)));
+    memset(oracle + bytes(LAST), 0, bytes(PAGES - LAST));
+    check_part("after an unmap in order", away, oracle, bytes(PAGES), true);
     close_device();
     holding = 0;
 }
@@ -583,21 +493,6 @@ static void absent_pages_are_not_taken_while_an_event_is_pending(void **state)
 }
 
 /* A REMOVE is read: its caller will drop the pages only later, or, if it was MADV_FREE, leave them. */
-static uintptr_t fake_remove;
-
-static int read_and_remove(int uffd, struct uffd_msg *msgs, unsigned n)
-{
-    int got = os_linux.uffd_read(uffd, msgs, n - 1);
-    if (got > 0 && fake_remove) {
-        memset(&msgs[got], 0, sizeof(msgs[got]));
-        msgs[got].event = UFFD_EVENT_REMOVE;
-        msgs[got].arg.remove.start = fake_remove;
-        msgs[got++].arg.remove.end = fake_remove + bytes(LAST - FIRST);
-        fake_remove = 0;
-    }
-    return got;
-}
-
 static void pages_are_not_taken_before_they_are_dropped(void **state)
 {
     (void)state;
@@ -608,10 +503,11 @@ static void pages_are_not_taken_before_they_are_dropped(void **state)
     fill_arena(1);
     to_device(arena, bytes(PAGES));
     assert_int_equal(hmm_migrate_to_system(arena + at, len, NULL), 0);
-    assert_true(live_present(arena + at));
-    __atomic_store_n(&fake_remove, (uintptr_t)arena + at, __ATOMIC_SEQ_CST);
-    assert_int_equal(*(volatile uint8_t *)arena, oracle[0]);              /* a fault, for the reader to read */
-    assert_int_equal(__atomic_load_n(&fake_remove, __ATOMIC_SEQ_CST), 0); /* events are applied before faults are served */
+    assert_true(page_present(arena + at));
+    expect_remove(arena + at, len);
+    assert_int_equal(*(volatile uint8_t *)arena, oracle[0]); /* a fault, for the reader to read */
+    assert_int_equal(__atomic_load_n(&fake_remove.start, __ATOMIC_SEQ_CST),
+                     0); /* events are applied before faults are served */
     assert_int_equal(hmm_migrate_to_device(dev, arena + at, len, &res), 0);
     assert_int_equal(res.moved, 0);
     assert_int_equal(res.busy, LAST - FIRST);
@@ -648,7 +544,7 @@ static void what_is_written_after_a_lazy_free_stays(void **state)
     memcpy(oracle, arena, bytes(PAGES));
     to_device(arena + bytes(PAGES - 1), page);
     for (unsigned i = 0; i < PAGES - 1; i++)
-        assert_true(live_present(arena + bytes(i)));
+        assert_true(page_present(arena + bytes(i)));
     arm_point("events-read", write_freed_pages);
     pthread_create(&freer, NULL, free_lazily, NULL);
     pthread_join(freer, NULL);
@@ -680,7 +576,7 @@ static void the_device_asks_again_when_the_answer_is_old(void **state)
     uint32_t found = device_crc(arena, page);
     disarm_point("the snapshot");
     live_fill(oracle, page, 91);
-    assert_int_equal(found, live_crc(oracle, page));
+    assert_int_equal(found, crc_oracle(oracle, page));
     check_all("after a stale answer", true);
     close_device();
 }
@@ -729,21 +625,16 @@ static void a_page_that_the_device_writes_is_waited_for(void **state)
 
 /* ---- pins, fork ---- */
 
-static void pin_first(struct pagemap *pm, void *arg)
-{
-    *(struct pagemap **)arg = pm;
-}
-
 static void a_pinned_device_page_stays(void **state)
 {
     struct hmm_migrate_result res = {.size = sizeof(res)};
-    struct pagemap *pm = NULL;
+    struct pagemap *pm;
     uint64_t at = UINT64_MAX;
     (void)state;
     open_device();
     fill_arena(1);
     to_device(arena, bytes(PAGES));
-    devices_each(pin_first, &pm);
+    pm = hmm_device_of(dev)->pagemap;
     for (uint64_t i = 0; i < pm->desc.pages; i++)
         if (page_owner(&pm->pages[i]) == (uintptr_t)arena)
             at = i;
@@ -752,7 +643,7 @@ static void a_pinned_device_page_stays(void **state)
     assert_int_equal(hmm_migrate_to_system(arena, bytes(PAGES), &res), 0);
     assert_int_equal(res.pinned, 1);
     assert_int_equal(res.moved, PAGES - 1);
-    assert_false(live_present(arena));
+    assert_false(page_present(arena));
     pagemap_unpin(pm, at);
     check_all("after the pin", false);
     close_device();
@@ -785,13 +676,13 @@ static const struct hmm_notifier_ops nothing_to_do = {.invalidate = ignore};
 /* A driver's reference keeps the device page, but not the address: that may come home, or be unmapped. */
 static void a_device_page_with_a_reference_is_not_freed(void **state)
 {
-    struct pagemap *pm = NULL;
+    struct pagemap *pm;
     uint64_t pfn = 0;
     (void)state;
     open_device();
     fill_arena(1);
     to_device(arena, bytes(PAGES));
-    devices_each(pin_first, &pm);
+    pm = hmm_device_of(dev)->pagemap;
     struct hmm_notifier n;
     assert_int_equal(hmm_notifier_insert(pm->dev, &n, (uintptr_t)arena, (uintptr_t)arena + page, &nothing_to_do), 0);
     struct hmm_fault_range range = {
@@ -855,6 +746,7 @@ int main(void)
         TEST(a_zero_page_that_is_written_before_the_move_keeps_the_write),
         TEST(a_mapping_that_changes_before_it_is_registered_is_looked_at_again),
         TEST(an_unmap_that_a_remap_has_overtaken_is_of_the_old_mapping),
+        TEST(an_overtaken_unmap_of_more_than_is_registered),
         TEST(absent_pages_are_not_taken_while_an_event_is_pending),
         TEST(pages_are_not_taken_before_they_are_dropped),
         TEST(what_is_written_after_a_lazy_free_stays),

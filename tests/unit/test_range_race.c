@@ -9,12 +9,13 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <string.h>
+#include <sys/syscall.h>
 
 #include <cmocka.h>
 
 #include "api/manager.h"
-#include "debug/inject.h"
 #include "live.h"
+#include "points.h"
 #include "notifier/notifier.h"
 #include <hmm/driver.h>
 
@@ -71,8 +72,7 @@ static int set_up(void **state)
 static int tear_down(void **state)
 {
     (void)state;
-    inject_point_hook = NULL;
-    inject_points_on = 0;
+    forget_point();
     hmm_notifier_remove(&notifier);
     int audit = hmm_audit(), r = hmm_device_close(dev_handle);
     munmap(arena, LIVE_BLOCK);
@@ -90,34 +90,6 @@ static void register_it(void)
 }
 
 /* ---- something happens at a step ---- */
-
-static const char *point_name;
-static void (*point_action)(void);
-static unsigned point_seen;
-
-/* Once; from whichever thread is there. */
-static void at_point(const char *point)
-{
-    if (strcmp(point, point_name) || __atomic_exchange_n(&point_seen, 1, __ATOMIC_ACQ_REL))
-        return;
-    point_action();
-}
-
-static void arm(const char *name, void (*action)(void))
-{
-    point_name = name;
-    point_action = action;
-    point_seen = 0;
-    inject_point_hook = at_point;
-    inject_points_on = 1;
-}
-
-static void disarm(void)
-{
-    inject_points_on = 0;
-    inject_point_hook = NULL;
-    assert_int_equal(point_seen, 1);
-}
 
 static void drop(void)
 {
@@ -162,7 +134,7 @@ static void assert_answer_is_right(const char *what, bool hole)
             fail_msg("%s: page %u is %#lx", what, i, (unsigned long)pfns[i]);
         if (pfns[i] & HMM_PFN_VALID && !(pfns[i] & HMM_PFN_DEVICE)) {
             assert_int_equal(pfns[i] & HMM_PFN_MASK, (uintptr_t)arena / page + i);
-            if (!live_present(arena + i * page))
+            if (!page_present(arena + i * page))
                 fail_msg("%s: page %u is said to be present", what, i);
         }
     }
@@ -176,9 +148,9 @@ static void change_at_a_step(unsigned c, unsigned p, uint64_t request)
     register_it();
     range.default_flags = request;
     range.notifier_seq = hmm_notifier_read_begin(&notifier);
-    arm(points[p], changes[c].action);
+    arm_point(points[p], changes[c].action);
     int r = hmm_range_fault(dev, &range);
-    disarm();
+    disarm_point(what);
     if (r != -EBUSY)
         fail_msg("%s: %d, not -EBUSY", what, r);
     r = hmm_range_fault_timeout(dev, &range, 10000 * MS);
@@ -212,13 +184,37 @@ static void protection_that_changes_unseen_does_not_hang(void **state)
     madvise(arena + FIRST * page, (LAST - FIRST) * page, MADV_DONTNEED);
     range.default_flags = REQ_WRITE;
     range.notifier_seq = hmm_notifier_read_begin(&notifier);
-    arm("range-looked", map_read_only);
+    arm_point("range-looked", map_read_only);
     int r = hmm_range_fault(dev, &range);
-    disarm();
+    disarm_point(__func__);
     assert_true(r == -EPERM || r == -EFAULT); /* populating says the one, looking again the other */
     assert_int_equal(hmm_range_fault(dev, &range), -EPERM);
     assert_int_equal(mprotect(arena, bytes, PROT_READ | PROT_WRITE), 0);
     assert_int_equal(hmm_range_fault(dev, &range), 0);
+}
+
+/* By system calls that nobody hears of, the mapping not being registered yet. */
+static void replace_unheard(void)
+{
+    char *p = arena + FIRST * page;
+    size_t n = (LAST - FIRST) * page;
+    syscall(SYS_munmap, p, n);
+    syscall(SYS_mmap, p, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+    memset(p, 7, n);
+    syscall(SYS_mprotect, p, n, PROT_READ);
+}
+
+static void a_mapping_that_is_replaced_before_it_is_watched(void **state)
+{
+    (void)state;
+    range.start = (uintptr_t)arena + FIRST * page;
+    range.end = (uintptr_t)arena + LAST * page;
+    range.notifier_seq = hmm_notifier_read_begin(&notifier);
+    arm_point("range-queried", replace_unheard);
+    assert_int_equal(hmm_range_fault(dev, &range), 0);
+    disarm_point(__func__);
+    for (unsigned i = 0; i < LAST - FIRST; i++)
+        assert_int_equal(pfns[i], HMM_PFN_VALID | (range.start / page + i));
 }
 
 /* ---- pages in flight ---- */
@@ -242,16 +238,16 @@ static void pages_in_flight_are_waited_for(void **state)
 {
     (void)state;
     void *result;
-    arm("to-device-taken", ask_meanwhile);
+    arm_point("to-device-taken", ask_meanwhile);
     assert_int_equal(hmm_migrate_to_device(dev_handle, arena + FIRST * page, (LAST - FIRST) * page, NULL), 0);
-    disarm();
+    disarm_point(__func__);
     pthread_join(asker, &result);
     assert_int_equal((intptr_t)result, 0);
     for (unsigned i = 0; i < PAGES; i++)
         assert_int_equal(!!(pfns[i] & HMM_PFN_DEVICE), i >= FIRST && i < LAST);
-    arm("to-system-departed", ask_meanwhile);
+    arm_point("to-system-departed", ask_meanwhile);
     assert_int_equal(hmm_migrate_to_system(arena, bytes, NULL), 0);
-    disarm();
+    disarm_point(__func__);
     pthread_join(asker, &result);
     assert_int_equal((intptr_t)result, 0);
     for (unsigned i = 0; i < PAGES; i++)
@@ -272,9 +268,9 @@ static void look_only(void)
 static void pages_in_flight_are_not_there_yet(void **state)
 {
     (void)state;
-    arm("to-device-taken", look_only);
+    arm_point("to-device-taken", look_only);
     assert_int_equal(hmm_migrate_to_device(dev_handle, arena + FIRST * page, (LAST - FIRST) * page, NULL), 0);
-    disarm();
+    disarm_point(__func__);
 }
 
 /* ---- deadlines ---- */
@@ -295,6 +291,39 @@ static void an_invalidation_that_does_not_end(void **state)
     assert_in_range(time_out(150 * MS), 150 * MS, 5000 * MS);
     notifier_end(&dev->mm->notifiers, &inv);
     assert_int_equal(hmm_range_fault_timeout(dev, &range, 0), 0); /* one attempt there always is */
+}
+
+static unsigned attempts;
+
+static void count_attempts(const char *point)
+{
+    attempts += strcmp(point, "snapshot-taken") == 0;
+}
+
+/* Pinned on another device: nothing changes that could be waited for. */
+static void a_page_that_cannot_come_is_asked_for_with_pauses(void **state)
+{
+    (void)state;
+    hmm_dev other;
+    assert_int_equal(hmm_device_open("soft:memory=1M,engines=1", &other), 0);
+    assert_int_equal(hmm_migrate_to_device(other, arena, page, NULL), 0);
+    struct pagemap *pm = hmm_device_of(other)->pagemap;
+    uint64_t at = 0;
+    while (pagemap_pin(pm, at))
+        at++;
+    uint64_t pauses = dev->mm->stats.retries;
+    attempts = 0;
+    inject_point_hook = count_attempts;
+    inject_points_on = 1;
+    assert_in_range(time_out(400 * MS), 400 * MS, 5000 * MS);
+    inject_points_on = 0;
+    inject_point_hook = NULL;
+    assert_true(attempts > 1);
+    assert_in_range(dev->mm->stats.retries - pauses, attempts - 1, UINT64_MAX);
+    assert_non_null(strstr(hmm_last_message(), "400 ms"));
+    pagemap_unpin(pm, at);
+    assert_int_equal(hmm_range_fault_timeout(dev, &range, 10000 * MS), 0);
+    assert_int_equal(hmm_device_close(other), 0);
 }
 
 static uint32_t storming;
@@ -337,9 +366,9 @@ static void remove_notifier(void)
 static void a_notifier_that_is_removed_meanwhile(void **state)
 {
     (void)state;
-    arm("range-scanned", remove_notifier);
+    arm_point("range-scanned", remove_notifier);
     assert_int_equal(hmm_range_fault_timeout(dev, &range, -1), -EINVAL);
-    disarm();
+    disarm_point(__func__);
 }
 
 #define T(f) cmocka_unit_test_setup_teardown(f, set_up, tear_down)
@@ -347,9 +376,14 @@ static void a_notifier_that_is_removed_meanwhile(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        T(a_change_at_any_step_is_noticed),      T(protection_that_changes_unseen_does_not_hang),
-        T(pages_in_flight_are_waited_for),       T(pages_in_flight_are_not_there_yet),
-        T(an_invalidation_that_does_not_end),    T(invalidations_without_end),
+        T(a_change_at_any_step_is_noticed),
+        T(protection_that_changes_unseen_does_not_hang),
+        T(a_mapping_that_is_replaced_before_it_is_watched),
+        T(pages_in_flight_are_waited_for),
+        T(pages_in_flight_are_not_there_yet),
+        T(a_page_that_cannot_come_is_asked_for_with_pauses),
+        T(an_invalidation_that_does_not_end),
+        T(invalidations_without_end),
         T(a_notifier_that_is_removed_meanwhile),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

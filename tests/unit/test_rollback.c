@@ -82,7 +82,7 @@ static void fill(uint64_t nth)
     madvise(m.at + LIVE_BLOCK, LIVE_BLOCK, MADV_HUGEPAGE);
     memset(m.copy, 0, m.bytes);
     for (size_t i = 0; i < LIVE_BLOCK; i += 512) { /* a word every 512 bytes, another one each time */
-        uint64_t v = live_mix(seed ^ nth << 20 ^ i);
+        uint64_t v = random_mix(seed ^ nth << 20 ^ i);
         memcpy(m.copy + LIVE_BLOCK + i, &v, sizeof(v));
     }
     live_fill(m.copy, small, seed ^ nth);
@@ -127,7 +127,7 @@ static void checksum(hmm_dev dev, uint64_t nth)
     assert_int_equal(hmm_fence_info(fence, &info), 0);
     if (r == -EAGAIN && info.status == -EINPROGRESS)
         fail_msg("a job hangs since call %llu failed (%s)", (unsigned long long)nth, inject_last());
-    if (info.status == 0 && info.result != live_crc(m.copy + 50, len))
+    if (info.status == 0 && info.result != crc_oracle(m.copy + 50, len))
         fail_msg("a wrong checksum after call %llu failed (%s)", (unsigned long long)nth, inject_last());
     if (info.status && !info.message[0])
         fail_msg("a job failed with %d after %s and says nothing", info.status, inject_last());
@@ -197,7 +197,7 @@ static uint64_t live(const struct inject_config *c, const char *spec)
 static void sweep(const char *spec)
 {
     struct inject_config c = {.seed = seed};
-    uint64_t calls = live(&c, spec), done = 0, failed = 0, from = live_mix(seed) % calls;
+    uint64_t calls = live(&c, spec), done = 0, failed = 0, from = random_mix(seed) % calls;
     assert_true(calls > 100);
     /* A stride that has no common divisor with the number of calls meets each once, in no order. */
     uint64_t stride = calls * 618 / 1000 | 1;
@@ -237,7 +237,7 @@ static void many_failures(void **state)
     double end = now() + BUDGET_SECONDS / 2;
     uint64_t failed = 0;
     for (unsigned round = 0; round < 1000 && now() < end; round++) {
-        struct inject_config c = {.seed = live_mix(seed + round)};
+        struct inject_config c = {.seed = random_mix(seed + round)};
         for (int k = 0; k < INJECT_KINDS; k++)
             c.permille[k] = 1u << round % 6;
         live(&c, round % 2 ? "soft:memory=1M,engines=1" : "soft:memory=16M,engines=1");

@@ -12,8 +12,8 @@
 
 #include <cmocka.h>
 
-#include "debug/inject.h"
 #include "live.h"
+#include "points.h"
 #include "os/os.h"
 
 #define PAGES 40u
@@ -22,8 +22,7 @@
 static hmm_dev dev;
 static char *area, *p;
 static size_t page;
-static const char *at_point;
-static unsigned seen;
+static bool noted;
 static struct hmm_device_info info;
 static struct hmm_stats stats;
 
@@ -36,28 +35,23 @@ static void look(void)
 }
 
 /* In the library thread that migrates: asserts are for the test's thread. */
-static void hook(const char *point)
+static void note(void)
 {
-    if (strcmp(point, at_point))
-        return;
     info.size = sizeof(info);
     stats.size = sizeof(stats);
-    if (hmm_device_info(dev, &info) == 0 && hmm_stats(&stats) == 0)
-        seen++;
+    noted = hmm_device_info(dev, &info) == 0 && hmm_stats(&stats) == 0;
 }
 
 static void watch_point(const char *point)
 {
-    at_point = point;
-    seen = 0;
-    inject_point_hook = hook;
-    __atomic_store_n(&inject_points_on, 1, __ATOMIC_SEQ_CST);
+    noted = false;
+    arm_point(point, note);
 }
 
-static void unwatch(void)
+static void assert_noted_once(void)
 {
-    __atomic_store_n(&inject_points_on, 0, __ATOMIC_SEQ_CST);
-    inject_point_hook = NULL;
+    assert_int_equal(point_hits, 1);
+    assert_true(noted);
 }
 
 static void assert_now(unsigned used, unsigned transit)
@@ -84,7 +78,7 @@ static int set_up(void **state)
 static int tear_down(void **state)
 {
     (void)state;
-    unwatch();
+    forget_point();
     int r = hmm_device_close(dev);
     inject_stop();
     munmap(area, LIVE_BLOCK);
@@ -99,8 +93,8 @@ static void the_way_there(void **state)
     assert_now(0, 0);
     watch_point("to-device-taken");
     assert_int_equal(hmm_migrate_to_device(dev, p, PAGES * page, NULL), 0);
-    unwatch();
-    assert_int_equal(seen, 1);
+    forget_point();
+    assert_noted_once();
     assert_now(PAGES, PAGES);
     look();
     assert_now(PAGES, 0);
@@ -112,8 +106,8 @@ static void the_way_home(void **state)
     assert_int_equal(hmm_migrate_to_device(dev, p, PAGES * page, NULL), 0);
     watch_point("to-system-departed");
     assert_int_equal(hmm_migrate_to_system(p + page, 11 * page, NULL), 0);
-    unwatch();
-    assert_int_equal(seen, 1);
+    forget_point();
+    assert_noted_once();
     assert_now(PAGES, 11);
     look();
     assert_now(PAGES - 11, 0);
@@ -122,10 +116,8 @@ static void the_way_home(void **state)
 /* Dropped on the way: they have no home any more, but a device page until they land. */
 static char *drop_at;
 
-static void drop(const char *point)
+static void drop(void)
 {
-    if (strcmp(point, "to-device-taken"))
-        return;
     madvise(drop_at, 8 * page, MADV_DONTNEED);
 }
 
@@ -133,10 +125,9 @@ static void pages_that_are_dropped_on_their_way(void **state)
 {
     (void)state;
     drop_at = p + 4 * page;
-    inject_point_hook = drop;
-    __atomic_store_n(&inject_points_on, 1, __ATOMIC_SEQ_CST);
+    arm_point("to-device-taken", drop);
     assert_int_equal(hmm_migrate_to_device(dev, p, PAGES * page, NULL), 0);
-    unwatch();
+    forget_point();
     look();
     assert_now(PAGES - 8, 0);
     for (unsigned i = 0; i < 8 * page; i++)
@@ -153,8 +144,8 @@ static void a_migration_that_fails(void **state)
     assert_int_equal(hmm_device_open("soft:memory=8M", &dev), 0);
     watch_point("to-device-taken");
     assert_int_not_equal(hmm_migrate_to_device(dev, p, PAGES * page, NULL), 0);
-    unwatch();
-    assert_int_equal(seen, 1);
+    forget_point();
+    assert_noted_once();
     assert_now(PAGES, PAGES);
     look();
     assert_now(0, 0);

@@ -18,6 +18,7 @@
 
 #include <cmocka.h>
 
+#include "common/oracle.h"
 #include "os/linux.h"
 
 #define PAGE os_page_size()
@@ -75,14 +76,6 @@ static void area_free(char *p, size_t n)
     assert_int_equal(os->unmap(p, n * PAGE), 0);
 }
 
-static bool all_bytes(const char *p, char value, size_t len)
-{
-    for (size_t i = 0; i < len; i++)
-        if (p[i] != value)
-            return false;
-    return true;
-}
-
 /* Bit per page that is present. */
 static unsigned present(const char *p, size_t pages)
 {
@@ -101,15 +94,6 @@ static unsigned present(const char *p, size_t pages)
 }
 
 /* ---- opening ---- */
-
-static int open_descriptors(void)
-{
-    int n = 0;
-
-    for (int fd = 0; fd < 1024; fd++)
-        n += fcntl(fd, F_GETFD) >= 0;
-    return n;
-}
 
 static void test_open(void **state)
 {

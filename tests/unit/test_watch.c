@@ -5,51 +5,30 @@
  */
 #include <errno.h>
 #include <pthread.h>
-#include <setjmp.h>
 #include <signal.h>
-#include <stdarg.h>
-#include <stddef.h>
 #include <string.h>
 #include <sys/wait.h>
-#include <time.h>
-
-#include <cmocka.h>
 
 #include "api/manager.h"
-#include "live.h"
+#include "events.h"
+#include "live_device.h"
 #include "maps.h"
 
 #define SECONDS_MAX 50
 #define PAGES 64u
 
-static size_t page;
-static hmm_dev dev;
 static struct hmm_device *device;
-static struct os_ops hooked;
-
-static void first_pagemap(struct pagemap *pm, void *arg)
-{
-    *(struct hmm_device **)arg = pm->dev;
-}
 
 static void open_device(void)
 {
-    int r = hmm_device_open("soft:memory=32M,engines=1", &dev);
-    if (r)
-        fail_msg("open: %d, %s", r, hmm_last_message());
-    struct mm *mm = manager_use();
-    assert_non_null(mm);
-    devices_each(first_pagemap, &device);
-    manager_unuse();
+    open_spec("soft:memory=32M,engines=1");
+    device = hmm_device_of(dev);
 }
 
 static int set_up(void **state)
 {
     (void)state;
-    page = hmm_page_size();
-    alarm(SECONDS_MAX);
-    hooked = os_linux;
-    os = &hooked;
+    live_set_up(SECONDS_MAX);
     open_device();
     return 0;
 }
@@ -57,28 +36,7 @@ static int set_up(void **state)
 static int tear_down(void **state)
 {
     (void)state;
-    int bad = hmm_audit();
-    bad |= hmm_device_close(dev);
-    os = &os_linux;
-    alarm(0);
-    return bad ? -1 : 0;
-}
-
-static char *map_alone(size_t bytes)
-{
-    char *at = live_reserve(bytes + 2 * LIVE_BLOCK);
-    assert_non_null(at);
-    assert_true(live_map(at + LIVE_BLOCK, bytes));
-    return at + LIVE_BLOCK;
-}
-
-static struct hmm_migrate_result to_device(const void *at, size_t len)
-{
-    struct hmm_migrate_result res = {.size = sizeof(res)};
-    int r = hmm_migrate_to_device(dev, at, len, &res);
-    if (r)
-        fail_msg("to device: %d, %s", r, hmm_last_message());
-    return res;
+    return live_tear_down() ? 0 : -1;
 }
 
 static uint64_t cpu_faults(void)
@@ -235,7 +193,8 @@ static bool nothing_registered(const struct maps_range *m)
     return m->missing + m->watched == 0;
 }
 
-/* Armed and away, home again: watched as before, not a moment without; first touches are native again. Without notifier it goes. */
+/* Armed and away, home again: watched as before, not a moment without; first touches are native again. Without notifier it goes with
+ * the next event. */
 static void what_has_been_away_is_watched_again(void **state)
 {
     (void)state;
@@ -257,9 +216,7 @@ static void what_has_been_away_is_watched_again(void **state)
         assert_int_equal(at[i], i < LIVE_BLOCK ? 5 : 0);
     assert_int_equal(cpu_faults(), before);
     assert_int_equal(hmm_notifier_remove(&seen.n), 0);
-    struct mm *mm = manager_use();
-    mm_prune_later(mm, (uintptr_t)at, (uintptr_t)at + page);
-    manager_unuse();
+    assert_int_equal(madvise(at + LIVE_BLOCK, page, MADV_DONTNEED), 0);
     m = wait_for(at, bytes, nothing_registered);
     assert_int_equal(m.watched + m.missing, 0);
     munmap(at, bytes);
@@ -276,8 +233,8 @@ static void what_a_wrapper_releases_raises_no_event(void **state)
     release(at + page, 2 * page);
     assert_int_equal(maps_look(at, 4 * LIVE_BLOCK).watched, 4 * LIVE_BLOCK - 2 * page);
     munmap(at + page, 2 * page);
-    usleep(20000);
-    assert_int_equal(seen.calls, 0);
+    munmap(at + 5 * page, page); /* of what was not released: events come in their order, so this is the first */
+    expect_event(HMM_EVENT_UNMAP, at + 5 * page, page);
     assert_int_equal(hmm_notifier_remove(&seen.n), 0);
     to_device(at + LIVE_BLOCK, page);
     release(at + LIVE_BLOCK, page);
@@ -333,31 +290,6 @@ static void each_kind_of_memory_is_watched_or_refused(void **state)
 
 /* ---- orders of events ---- */
 
-static uintptr_t fake_remove;
-static uint64_t fake_time;
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-/* As if a thread were in MADV_DONTNEED: with the next message that there is. */
-static int read_and_remove(int uffd, struct uffd_msg *msgs, unsigned n)
-{
-    int got = os_linux.uffd_read(uffd, msgs, n - 1);
-    if (got > 0 && fake_remove) {
-        memset(&msgs[got], 0, sizeof(msgs[got]));
-        msgs[got].event = UFFD_EVENT_REMOVE;
-        msgs[got].arg.remove.start = fake_remove;
-        msgs[got++].arg.remove.end = fake_remove + page;
-        fake_remove = 0;
-        fake_time = now_ns();
-    }
-    return got;
-}
-
 /* Its touch of watched memory is native, so when the event is applied the caller may be back and have written. And it may not yet have
  * dropped anything: so what is there is not taken away from it. */
 static void what_is_written_after_a_drop_stays(void **state)
@@ -370,13 +302,13 @@ static void what_is_written_after_a_drop_stays(void **state)
     assert_int_equal(watch(at, PAGES * page, WATCH_FREE, NULL), 0);
     other[0] = 1;
     to_device(other, page);
-    __atomic_store_n(&fake_remove, (uintptr_t)at + 3 * page, __ATOMIC_SEQ_CST);
+    expect_remove(at + 3 * page, page);
     assert_int_equal(*(volatile char *)other, 1); /* a fault, for the reader to read */
-    assert_int_equal(__atomic_load_n(&fake_remove, __ATOMIC_SEQ_CST), 0);
-    assert_true(live_present(at + 3 * page));
+    assert_int_equal(__atomic_load_n(&fake_remove.start, __ATOMIC_SEQ_CST), 0);
+    assert_true(page_present(at + 3 * page));
     assert_int_equal(at[3 * page], 9);
     assert_int_equal(to_device(at, PAGES * page).moved, PAGES - 1);
-    assert_true(now_ns() - fake_time >= 20000000);
+    assert_true(os_now() - fake_remove.read >= 20000000);
     for (unsigned i = 0; i < PAGES; i++)
         assert_int_equal(at[i * page], 9);
     assert_int_equal(hmm_notifier_remove(&seen.n), 0);
@@ -384,42 +316,10 @@ static void what_is_written_after_a_drop_stays(void **state)
     munmap(other, page);
 }
 
-static struct uffd_msg held;
-static uintptr_t hold_start; /* the unmap of this address is held until a remap comes */
-static uint32_t holding;     /* 1: hold it; 2: held; 3: given */
-
-static int read_held(int uffd, struct uffd_msg *msgs, unsigned n)
-{
-    int got = os_linux.uffd_read(uffd, msgs, n - 1), kept = 0;
-    bool remap = false;
-    for (int i = 0; i < got; i++) {
-        if (holding == 1 && msgs[i].event == UFFD_EVENT_UNMAP && msgs[i].arg.remove.start == hold_start) {
-            held = msgs[i];
-            __atomic_store_n(&holding, 2, __ATOMIC_SEQ_CST);
-            continue;
-        }
-        remap |= holding == 2 && msgs[i].event == UFFD_EVENT_REMAP;
-        msgs[kept++] = msgs[i];
-    }
-    if (remap) {
-        msgs[kept++] = held;
-        __atomic_store_n(&holding, 3, __ATOMIC_SEQ_CST);
-    }
-    return got < 0 ? got : kept;
-}
-
 /* An event that was not read is pending. */
 static int held_is_pending(int uffd)
 {
     return __atomic_load_n(&holding, __ATOMIC_SEQ_CST) == 2 ? 1 : os_linux.uffd_pending(uffd);
-}
-
-/* The caller goes on when the message is read, before the hook has looked at it. */
-static void expect_holding(uint32_t n)
-{
-    for (int i = 0; i < 5000 && __atomic_load_n(&holding, __ATOMIC_SEQ_CST) != n; i++)
-        usleep(1000);
-    assert_int_equal(__atomic_load_n(&holding, __ATOMIC_SEQ_CST), n);
 }
 
 /* The unmap of what a remap left is told after the remap; another remap onto the place may be told in between. */
@@ -431,18 +331,17 @@ static void what_moves_to_where_another_has_left_stays(void **state)
     char *a = map_alone(PAGES * page), *b = map_alone(PAGES * page), *away = map_alone(PAGES * page);
     live_fill(a, PAGES * page, 1);
     live_fill(b, PAGES * page, 2);
-    uint32_t crc_a = live_crc(a, PAGES * page), crc_b = live_crc(b, PAGES * page);
+    uint32_t crc_a = crc_oracle(a, PAGES * page), crc_b = crc_oracle(b, PAGES * page);
     to_device(a, PAGES * page);
     to_device(b, PAGES * page);
-    hold_start = (uintptr_t)a;
-    __atomic_store_n(&holding, 1, __ATOMIC_SEQ_CST);
+    hold_unmap_of(a);
     assert_ptr_equal(mremap(a, PAGES * page, PAGES * page, MREMAP_MAYMOVE | MREMAP_FIXED, away), away);
     expect_holding(2);
     assert_ptr_equal(mremap(b, PAGES * page, PAGES * page, MREMAP_MAYMOVE | MREMAP_FIXED, a), a);
     expect_holding(3);
     assert_int_equal(hmm_audit(), 0);
-    assert_int_equal(live_crc(a, PAGES * page), crc_b);
-    assert_int_equal(live_crc(away, PAGES * page), crc_a);
+    assert_int_equal(crc_oracle(a, PAGES * page), crc_b);
+    assert_int_equal(crc_oracle(away, PAGES * page), crc_a);
     munmap(a, PAGES * page);
     munmap(away, PAGES * page);
     holding = 0;
@@ -492,10 +391,10 @@ static int lock_everything(void)
     for (int round = 0; round < 20; round++) {
         char *late = map_alone(pages * page);
         live_fill(late, pages * page, (uint64_t)round);
-        uint32_t crc = live_crc(late, pages * page);
+        uint32_t crc = crc_oracle(late, pages * page);
         if (to_device(late, pages * page).moved != pages)
             return 5;
-        if (live_present(late) || live_crc(late, pages * page) != crc)
+        if (page_present(late) || crc_oracle(late, pages * page) != crc)
             return 6;
         munmap(late, pages * page);
     }
@@ -516,15 +415,77 @@ static void mlockall_ends_and_loses_nothing(void **state)
         fail_msg("the child ended with status %#x", status);
 }
 
+/* The first of arming: an event is unread, whose pages stood where the mapping stands now. */
+static uintptr_t held_back;
+static unsigned pendings, registered_too_early;
+
+static int pending_at_first(int uffd)
+{
+    return __atomic_fetch_add(&pendings, 1, __ATOMIC_SEQ_CST) < 3 ? 1 : os_linux.uffd_pending(uffd);
+}
+
+static int register_counted(int uffd, uintptr_t start, size_t len)
+{
+    bool ours = start <= held_back && held_back < start + len;
+    registered_too_early += ours && __atomic_load_n(&pendings, __ATOMIC_SEQ_CST) <= 3;
+    return os_linux.uffd_register(uffd, start, len);
+}
+
+static void nothing_is_registered_while_an_event_is_pending(void **state)
+{
+    (void)state;
+    char *at = map_alone(PAGES * page);
+    live_fill(at, PAGES * page, 4);
+    uint32_t crc = crc_oracle(at, PAGES * page);
+    held_back = (uintptr_t)at;
+    pendings = registered_too_early = 0;
+    hooked.uffd_pending = pending_at_first;
+    hooked.uffd_register = register_counted;
+    assert_int_equal(to_device(at + 8 * page, 8 * page).moved, 8);
+    struct maps_range m = maps_look(at, PAGES * page);
+    assert_true(pendings > 3);
+    assert_int_equal(registered_too_early, 0);
+    assert_int_equal(m.mappings, 1);
+    assert_int_equal(m.missing, PAGES * page);
+    assert_int_equal(crc_oracle(at, PAGES * page), crc);
+    munmap(at, PAGES * page);
+}
+
+/* The thread that drops has not run again since its event was read: giving back is tried again. */
+static int pending_for_a_while(int uffd)
+{
+    return __atomic_fetch_add(&pendings, 1, __ATOMIC_SEQ_CST) < 4 ? 1 : os_linux.uffd_pending(uffd);
+}
+
+static void what_is_dropped_is_given_back_when_its_event_is_over(void **state)
+{
+    (void)state;
+    char *at = map_alone(PAGES * page);
+    memset(at, 1, PAGES * page);
+    assert_int_equal(to_device(at, PAGES * page).moved, PAGES);
+    __atomic_store_n(&pendings, 0, __ATOMIC_SEQ_CST);
+    hooked.uffd_pending = pending_for_a_while;
+    madvise(at, PAGES * page, MADV_DONTNEED);
+    assert_int_equal(wait_for(at, PAGES * page, nothing_registered).missing, 0);
+    assert_true(pendings > 4);
+    assert_int_equal(at[page], 0);
+    munmap(at, PAGES * page);
+}
+
 int main(void)
 {
 #define TEST(f) cmocka_unit_test_setup_teardown(f, set_up, tear_down)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(mlockall_ends_and_loses_nothing), /* first: it forks */
-        TEST(events_of_watched_memory_are_told),           TEST(first_touches_of_watched_memory_are_native),
-        TEST(what_has_been_away_is_watched_again),         TEST(what_a_wrapper_releases_raises_no_event),
-        TEST(each_kind_of_memory_is_watched_or_refused),   TEST(what_is_written_after_a_drop_stays),
+        TEST(events_of_watched_memory_are_told),
+        TEST(first_touches_of_watched_memory_are_native),
+        TEST(what_has_been_away_is_watched_again),
+        TEST(what_a_wrapper_releases_raises_no_event),
+        TEST(each_kind_of_memory_is_watched_or_refused),
+        TEST(what_is_written_after_a_drop_stays),
         TEST(what_moves_to_where_another_has_left_stays),
+        TEST(nothing_is_registered_while_an_event_is_pending),
+        TEST(what_is_dropped_is_given_back_when_its_event_is_over),
     };
     return cmocka_run_group_tests_name("watch", tests, NULL, NULL);
 }

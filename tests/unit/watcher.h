@@ -16,6 +16,7 @@
 #include "debug/inject.h"
 #include "live.h"
 
+#define MIB ((size_t)1 << 20)
 #define WATCHER_EVENTS 64
 
 struct watcher {
@@ -116,7 +117,22 @@ static inline int watcher_tear_down(void **state)
 
 #define WATCHER_TEST(f) cmocka_unit_test_setup_teardown(f, watcher_set_up, watcher_tear_down)
 
-/* ---- memory on the device ---- */
+/* ---- memory, and what of it is on the device ---- */
+
+static inline char *mapped(size_t bytes, uint64_t seed)
+{
+    char *p = live_reserve(bytes);
+    assert_true(live_map(p, bytes));
+    live_fill(p, bytes, seed);
+    return p;
+}
+
+static inline uint8_t *copy_of(const char *p, size_t bytes)
+{
+    uint8_t *c = malloc(bytes);
+    memcpy(c, p, bytes);
+    return c;
+}
 
 static inline void to_device(const void *at, size_t len)
 {

@@ -1,8 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Drivers that must be refused, or that fail: built once per kind of fault (meson.build), each as the file that its NAME says. */
-#include <errno.h>
-
-#include <hmm/driver.h>
+#include "../nothing.h"
 
 static int some_open(struct hmm_device *dev, const union hmm_option_value *values, void **priv)
 {
@@ -15,25 +13,6 @@ static int some_open(struct hmm_device *dev, const union hmm_option_value *value
     (void)dev;
     return 0;
 #endif
-}
-
-static void nothing(void *priv)
-{
-    (void)priv;
-}
-
-#ifndef NO_COPY
-static int some_copy(void *priv, enum hmm_dma_kind kind, const struct hmm_dma *v, unsigned n, hmm_fence *fence)
-{
-    (void)priv, (void)kind, (void)v, (void)n, (void)fence;
-    return -EIO;
-}
-#endif
-
-static int some_clear(void *priv, const struct hmm_dma *v, unsigned n, hmm_fence *fence)
-{
-    (void)priv, (void)v, (void)n, (void)fence;
-    return -EIO;
 }
 
 #define NUMBER(n)                                                                                                              \
@@ -116,10 +95,10 @@ HMM_DRIVER_EXPORT = {
     .stop = nothing,
     .close = nothing,
 #ifndef NO_COPY
-    .copy = some_copy,
+    .copy = no_copy,
 #endif
-    .clear = some_clear,
+    .clear = no_clear,
 };
 #else
-const void *const unused[] = {options, some_open, nothing, some_copy, some_clear};
+const void *const unused[] = {options, some_open, nothing, no_copy, no_clear};
 #endif
