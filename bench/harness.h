@@ -56,7 +56,8 @@ struct bench {
 
 extern const struct bench bench_migrate_to_device, bench_migrate_to_system, bench_cpu_fault_random, bench_cpu_touch_sequential,
     bench_unmanaged_touch, bench_metadata, bench_operations, bench_empty_job, bench_device_fault, bench_range_snapshot,
-    bench_range_fault, bench_notifier_lookup, bench_munmap_managed, bench_fork_device_resident;
+    bench_range_fault, bench_notifier_lookup, bench_munmap_managed, bench_fork_device_resident, bench_pin_system,
+    bench_pin_private;
 
 /* Says on stderr what went wrong and returns 1. */
 int bench_fail(const struct bench_env *env, const char *fmt, ...) __attribute__((format(printf, 2, 3)));

@@ -214,15 +214,67 @@ enum hmm_page_state {
 };
 
 struct hmm_page_info {
-    uint8_t state; /* enum hmm_page_state */
-    uint8_t huge;  /* SYSTEM: part of a huge page */
-    uint16_t reserved;
+    uint8_t state;  /* enum hmm_page_state */
+    uint8_t huge;   /* SYSTEM: part of a huge page */
+    uint8_t pinned; /* by hmm_pin_range() */
+    uint8_t reserved;
     hmm_dev device; /* DEVICE: which; else 0 */
 };
 
 /* Fills pages[0 .. n) for the pages of [addr, addr+len), rounded outwards; n is the number of those pages and is returned.
  * A snapshot, consistent per 2 MiB block. -EINVAL, -ENOSPC when max is too small, -ENODEV when no device is open. */
 HMM_API int64_t hmm_range_query(const void *addr, size_t len, struct hmm_page_info *pages, size_t max);
+
+/* ---- pins (kernel: pin_user_pages(), Documentation/core-api/pin_user_pages.rst) ------------------------------------------- */
+
+/*
+ * A pin keeps the pages of a range in system memory: as long as there is one, libhmm takes none of them to a device, whoever asks
+ * (migrations, device faults, eviction), and counts them as pinned. It is for memory that somebody reaches without faults that libhmm could
+ * serve: a kernel driver, a network card, code that must not wait.
+ *
+ * It holds off libhmm, and nobody else: the kernel may still swap, compact or replace the page. Who needs a physical address that stays needs a
+ * pin of the kernel's (an io_uring registered buffer, RDMA), which libhmm respects and reports as pinned, too.
+ *
+ * It is of addresses: what is mapped there later is pinned until hmm_unpin(), and pages that the program moves away with mremap() are not;
+ * what was on a device when mremap() moved it there stays away until it is touched.
+ * A child of fork inherits none.
+ */
+typedef uint64_t hmm_pin; /* 0: none; never used again for another */
+
+enum hmm_pin_flags {
+    HMM_PIN_WRITE =
+        1, /* will be written: pages that are shared (after fork, the zero page, a private file's) are made private first */
+};
+
+struct hmm_pin_desc {
+    uint32_t size;     /* sizeof(struct hmm_pin_desc) */
+    uint32_t flags;    /* HMM_PIN_* */
+    const void *owner; /* a key: hmm_unpin() wants the same; may be NULL */
+};
+
+/*
+ * Pins the pages of [addr, addr + len), rounded outwards: those on a device come home, those that were never touched are made (for
+ * reading: the zero page; with WRITE: pages of their own), and none leaves until the pin ends. Ranges may overlap, and be pinned again.
+ * Apart from that it costs by call, not by page, and takes no lock where libhmm manages nothing of the range. May wait while a device
+ * uses a page; faults pages in as a touch would. desc NULL: for reading, no owner.
+ *
+ * 0 and *pin; on failure nothing is pinned. -EINVAL: len 0, a range that wraps, unknown flags, size. -EFAULT: nothing is mapped somewhere,
+ * or it cannot be read. -EPERM: WRITE of memory that is not writable. -EHWPOISON: a page was lost with its device. -ENODEV: no device is
+ * open, and nothing is managed. -EBUSY: a page is pinned on its device. -EOVERFLOW: some 65,000 pins of the same 2 MiB; -ENFILE: 65,536 pins in all.
+ * -ENOMEM; the error of a device that does not give a page.
+ */
+HMM_API int hmm_pin_range(const void *addr, size_t len, const struct hmm_pin_desc *desc, hmm_pin *pin);
+
+/*
+ * Ends a pin. dirty: the pages were written by somebody whom neither the CPU nor devices know of (counted in hmm_stats(); it matters once
+ * something is kept of them elsewhere). The memory may be unmapped by then. 0. -EINVAL: not a pin, or unpinned before. -EPERM: of another
+ * owner: it stays. -ESRCH: in a child of fork. Any thread and signal handlers; takes no lock, does not block.
+ */
+HMM_API int hmm_unpin(hmm_pin pin, const void *owner, bool dirty);
+
+/* Whether a page of [addr, addr + len), rounded outwards, is pinned by hmm_pin_range(), or may be about to (kernel: folio_maybe_dma_pinned()).
+ * Takes no lock. */
+HMM_API bool hmm_may_be_pinned(const void *addr, size_t len);
 
 /* ---- fences ------------------------------------------------------------------------------------------------------ */
 
@@ -653,6 +705,8 @@ struct hmm_stats {
     uint64_t transit_pages;         /* gauge: of device_pages, on the way to a device or home */
     uint64_t mirrored_bytes;        /* gauge: process memory in ranges that devices mirror; overlaps count twice */
     uint64_t limit_bytes;           /* of the process, see hmm_set_limit(); 0: none */
+    uint64_t pins;                  /* gauge: of hmm_pin_range() */
+    uint64_t pins_dirty;            /* that were ended as dirty */
 };
 HMM_API int hmm_stats(struct hmm_stats *stats);
 

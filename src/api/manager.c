@@ -18,6 +18,7 @@
 #include "migrate/staging.h"
 #include "mirror/mirror.h"
 #include "os/own.h"
+#include "pin/pin.h"
 #include "process/fork.h"
 #include "process/change.h"
 
@@ -86,6 +87,7 @@ static void forget_parent(void)
     pagemap_forget();
     jobs_forget();
     change_forget();
+    pins_forget();
     threads_forget(); /* it unmaps, which libhmm-preload.so would announce before */
     mirrors_forget();
     fence_forget();
@@ -303,6 +305,9 @@ static int start(void)
     r = jobs_start();
     if (r)
         goto stop_callers;
+    r = pins_start();
+    if (r)
+        goto stop_jobs;
     r = change_start(&manager.mm, manager.alive, workers);
     if (r)
         goto stop_jobs;

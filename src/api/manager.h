@@ -63,6 +63,10 @@ void device_put(struct hmm_device *dev);
 hmm_dev device_handle(const struct hmm_device *dev);
 /* lost.c: -ENODEV with message where the device is lost, else 0. */
 int device_refuse_lost(const struct hmm_device *dev);
+/* migrate.c: migrates [start, end) home, what is larger than this by several threads. The caller is inside manager_use(), and knows no lock. 0, or the
+ * first error. */
+#define API_SPLIT_BYTES ((size_t)8 << 20) /* ranges above are brought home by several threads */
+int api_bring_home(struct mm *mm, uintptr_t start, uintptr_t end, struct hmm_migrate_result *sum);
 /* limit.c: HMM_LIMIT, where the program has not set a limit; -EINVAL with message. */
 int limits_start(void);
 /* limit.c: -ENOSPC with message: a limit left room on dev for none of so many pages. */

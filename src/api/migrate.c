@@ -9,8 +9,6 @@
 #include "inspect/inspect.h"
 #include "reclaim/reclaim.h"
 
-#define SPLIT_BYTES ((size_t)8 << 20) /* ranges above are brought home by several threads */
-
 size_t hmm_page_size(void)
 {
     return os_page_size();
@@ -149,6 +147,29 @@ static void run_to_system(struct call *call)
 
 #define CALLS_MAX 4
 
+int api_bring_home(struct mm *mm, uintptr_t start, uintptr_t end, struct hmm_migrate_result *sum)
+{
+    int r = 0;
+    struct migrate_call *c = new_record(CALLS_MAX * sizeof(*c));
+    if (!c)
+        return -ENOMEM;
+    unsigned n = end - start > API_SPLIT_BYTES ? manager_callers() : 1;
+    uintptr_t part = ((end - start) / n + OS_BLOCK_SIZE - 1) & BLOCK_MASK;
+    for (unsigned i = 0; i < n; i++) {
+        c[i] = (struct migrate_call){.call.fn = run_to_system, .mm = mm, .start = i ? c[i - 1].end : start, .end = end};
+        if (i + 1 < n && ((c[i].start & BLOCK_MASK) + part) < end)
+            c[i].end = (c[i].start & BLOCK_MASK) + part;
+        manager_start_call(&c[i].call);
+    }
+    for (unsigned i = 0; i < n; i++) {
+        manager_wait_call(&c[i].call);
+        add_results(sum, &c[i].res);
+        r = r ? r : c[i].result;
+    }
+    mem_free(c, CALLS_MAX * sizeof(*c));
+    return r;
+}
+
 int hmm_migrate_to_system(const void *addr, size_t len, struct hmm_migrate_result *res)
 {
     struct hmm_migrate_result sum = {0};
@@ -163,25 +184,7 @@ int hmm_migrate_to_system(const void *addr, size_t len, struct hmm_migrate_resul
     struct mm *mm = manager_use();
     if (!mm)
         return -ENODEV;
-    struct migrate_call *c = new_record(CALLS_MAX * sizeof(*c));
-    if (!c) {
-        manager_unuse();
-        return hmm_fail(-ENOMEM, "no memory for a migration");
-    }
-    unsigned n = end - start > SPLIT_BYTES ? manager_callers() : 1;
-    uintptr_t part = ((end - start) / n + OS_BLOCK_SIZE - 1) & BLOCK_MASK;
-    for (unsigned i = 0; i < n; i++) {
-        c[i] = (struct migrate_call){.call.fn = run_to_system, .mm = mm, .start = i ? c[i - 1].end : start, .end = end};
-        if (i + 1 < n && ((c[i].start & BLOCK_MASK) + part) < end)
-            c[i].end = (c[i].start & BLOCK_MASK) + part;
-        manager_start_call(&c[i].call);
-    }
-    for (unsigned i = 0; i < n; i++) {
-        manager_wait_call(&c[i].call);
-        add_results(&sum, &c[i].res);
-        r = r ? r : c[i].result;
-    }
-    mem_free(c, CALLS_MAX * sizeof(*c));
+    r = api_bring_home(mm, start, end, &sum);
     manager_unuse();
     if (r)
         return hmm_fail(r, "bringing [%#lx, %#lx) home stopped: %s", (unsigned long)start, (unsigned long)end, hmm_strerror(r));

@@ -6,6 +6,8 @@
 #include "base/alloc.h"
 #include "inspect/inspect.h"
 #include "migrate/staging.h"
+#include "mm/hold.h"
+#include "pin/pin.h"
 
 #define REGIONS 64
 
@@ -50,6 +52,18 @@ static void add_entry(struct hmm_page_info *p, entry_t e, hmm_dev (*handle)(cons
         p->device = handle(dev);
 }
 
+struct pinned {
+    struct hmm_page_info *pages;
+    uintptr_t start;
+};
+
+static void mark_pinned(uintptr_t start, uintptr_t end, void *arg)
+{
+    const struct pinned *p = arg;
+    for (uintptr_t a = start; a < end; a += os_page_size())
+        p->pages[(a - p->start) >> os_page_shift()].pinned = 1;
+}
+
 int inspect_query(struct mm *mm, uintptr_t start, uintptr_t end, struct hmm_page_info *pages,
                   hmm_dev (*handle)(const struct hmm_device *))
 {
@@ -65,6 +79,7 @@ int inspect_query(struct mm *mm, uintptr_t start, uintptr_t end, struct hmm_page
         if (e)
             add_entry(&pages[i], e, handle);
     }
+    hold_each(start, end, mark_pinned, &(struct pinned){pages, start});
     if (b)
         mutex_unlock(&b->lock);
     rwlock_read_unlock(&mm->as);
@@ -120,4 +135,6 @@ void inspect_stats(struct mm *mm, struct hmm_stats *s)
     s->metadata_bytes = read_counter(&mm->pt.bytes);
     s->blocks = read_counter(&mm->pt.blocks);
     s->staging_bytes = staging_bytes();
+    s->pins = pins_count();
+    s->pins_dirty = pins_dirty();
 }

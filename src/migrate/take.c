@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "debug/inject.h"
+#include "mm/hold.h"
 #include "notifier/changing.h"
 
 #define REGIONS 64
@@ -39,6 +40,29 @@ static uint8_t classify(struct mm *mm, struct hmm_device *dev, struct block *b, 
     }
 }
 
+/* What of a window is held is not wanted. */
+struct held {
+    uint8_t *pages; /* of the block */
+    int n;          /* of them were wanted */
+};
+
+static void mark_held(uintptr_t start, uintptr_t end, void *arg)
+{
+    struct held *h = arg;
+    for (uintptr_t a = start; a < end; a += os_page_size())
+        if (h->pages[block_index(a)] == TAKE_WANTED) {
+            h->pages[block_index(a)] = TAKE_HELD;
+            h->n++;
+        }
+}
+
+static int leave_held(uint8_t *pages, uintptr_t start, uintptr_t end)
+{
+    struct held h = {.pages = pages};
+    hold_each(start, end, mark_held, &h);
+    return h.n;
+}
+
 int take_survey(struct mm *mm, struct hmm_device *dev, struct window w, const struct tcb_list *tcbs, uint8_t *pages,
                 uint32_t *landings)
 {
@@ -61,7 +85,7 @@ int take_survey(struct mm *mm, struct hmm_device *dev, struct window w, const st
     if (b)
         mutex_unlock(&b->lock);
     rwlock_read_unlock(&mm->as);
-    return wanted;
+    return wanted - leave_held(pages, w.start, w.end);
 }
 
 /* The page is in the flight now. */
@@ -234,9 +258,10 @@ static bool has_wanted(const struct flight *f, const uint8_t *pages)
     return false;
 }
 
-/* The survey's verdict may be old: somebody else may have taken a page since. And what the program is changing stays. */
+/* The survey's verdict may be old: somebody else may have taken a page since, or pinned it. And what the program is changing stays. */
 static void forget_foreign(struct take *t)
 {
+    leave_held(t->pages, block_addr(t->b, t->f->first), block_addr(t->b, t->f->end));
     bool changing =
         changing_keeps_off(block_addr(t->b, t->f->first), block_addr(t->b, t->f->end)) && !mutate("change-keeps-off");
     for (unsigned i = t->f->first; i < t->f->end; i++) {

@@ -14,6 +14,7 @@ enum take_page {
     TAKE_TAKEN,  /* in the flight */
     TAKE_ABSENT, /* taken in this hold of the lock without MOVE: not yet proven */
     TAKE_PINNED, /* EBUSY: pinned for DMA, or shared after fork */
+    TAKE_HELD,   /* by a pin of ours (mm/hold.h) */
     TAKE_UNMOVABLE,
     TAKE_UNMAPPED,
     TAKE_BUSY,      /* changed underneath */

@@ -117,14 +117,16 @@ static void count(const struct flight *f, const uint8_t *pages, struct mm *mm, s
 {
     for (unsigned i = f->first; i < f->end; i++) {
         uint64_t *counter[] = {
-            [TAKE_PINNED] = &res->pinned, [TAKE_UNMOVABLE] = &res->unmovable, [TAKE_UNMAPPED] = &res->unmapped,
-            [TAKE_BUSY] = &res->busy,     [TAKE_ALREADY] = &res->already,     [TAKE_ELSEWHERE] = &res->busy,
-            [TAKE_FLYING] = &res->busy,   [TAKE_WANTED] = &res->busy,         [TAKE_TAKEN] = NULL,
+            [TAKE_PINNED] = &res->pinned,       [TAKE_HELD] = &res->pinned,
+            [TAKE_UNMOVABLE] = &res->unmovable, [TAKE_UNMAPPED] = &res->unmapped,
+            [TAKE_BUSY] = &res->busy,           [TAKE_ALREADY] = &res->already,
+            [TAKE_ELSEWHERE] = &res->busy,      [TAKE_FLYING] = &res->busy,
+            [TAKE_WANTED] = &res->busy,         [TAKE_TAKEN] = NULL,
         };
         if (!counter[pages[i]])
             continue;
         ++*counter[pages[i]];
-        if (pages[i] == TAKE_PINNED)
+        if (pages[i] == TAKE_PINNED || pages[i] == TAKE_HELD)
             stat_add(&mm->stats.pinned, 1);
         uintptr_t addr = f->base + ((uintptr_t)i << os_page_shift());
         if (pages[i] != TAKE_ALREADY && pages[i] != TAKE_UNMAPPED && (!res->first_stayed || addr < res->first_stayed))

@@ -367,6 +367,14 @@ void flight_wait(struct mm *mm, uint32_t seen);
 
 /* ---- lru.c ---- */
 
+/* ---- away.c ---- */
+
+/* Whether [start, end) has an entry of this kind; ENTRY_NONE: any. Takes mm->as and block locks. */
+bool mm_range_has(struct mm *mm, uintptr_t start, uintptr_t end, enum entry_kind kind);
+/* Something that migrations look at under mm->as keeps pages of [start, end) from leaving from now on: those that were on their way have
+ * landed when this returns, on either side. No locks; library threads only. */
+void mm_land_range(struct mm *mm, uintptr_t start, uintptr_t end);
+
 void lru_touch(struct mm *mm, struct block *b);  /* hottest now; caller holds mm->as */
 void lru_remove(struct mm *mm, struct block *b); /* before it is freed */
 

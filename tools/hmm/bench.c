@@ -23,7 +23,8 @@ static const struct bench *const benches[] = {
     &bench_cpu_touch_sequential, &bench_unmanaged_touch,      &bench_metadata,
     &bench_device_fault,         &bench_operations,           &bench_empty_job,
     &bench_range_snapshot,       &bench_range_fault,          &bench_notifier_lookup,
-    &bench_munmap_managed,       &bench_fork_device_resident,
+    &bench_munmap_managed,       &bench_fork_device_resident, &bench_pin_system,
+    &bench_pin_private,
 };
 #define BENCHES (sizeof(benches) / sizeof(benches[0]))
 

@@ -60,6 +60,8 @@ static const struct field fields[] = {
     FIELD(descriptor_bytes, "now: bytes of page descriptors"),
     FIELD(blocks, "now: blocks of 2 MiB tracked"),
     FIELD(limit_bytes, "limit of the process, in bytes; 0: none"),
+    FIELD(pins, "now: ranges that are pinned"),
+    FIELD(pins_dirty, "pins that ended as dirty"),
 };
 
 static uint64_t value_of(const struct hmm_stats *stats, const struct field *f)
