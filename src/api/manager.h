@@ -63,6 +63,8 @@ void device_put(struct hmm_device *dev);
 hmm_dev device_handle(const struct hmm_device *dev);
 /* lost.c: -ENODEV with message where the device is lost, else 0. */
 int device_refuse_lost(const struct hmm_device *dev);
+/* migrate.c: the pages of len bytes at addr. 0; -EINVAL, -EFAULT: with a message that begins with `what`. */
+int api_page_range(const char *what, const void *addr, size_t len, uintptr_t *start, uintptr_t *end);
 /* migrate.c: migrates [start, end) home, what is larger than this by several threads. The caller is inside manager_use(), and knows no lock. 0, or the
  * first error. */
 #define API_SPLIT_BYTES ((size_t)8 << 20) /* ranges above are brought home by several threads */

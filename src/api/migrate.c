@@ -23,7 +23,7 @@ const char *hmm_version(void)
 #define ADDRESS_END ((uintptr_t)1 << (sizeof(uintptr_t) == 8 ? 57 : 31))
 
 /* [addr, addr+len) rounded outwards to pages. */
-static int page_range(const char *what, const void *addr, size_t len, uintptr_t *start, uintptr_t *end)
+int api_page_range(const char *what, const void *addr, size_t len, uintptr_t *start, uintptr_t *end)
 {
     uintptr_t a = (uintptr_t)addr, mask = os_page_size() - 1;
     if (len == 0)
@@ -107,7 +107,7 @@ int hmm_migrate_to_device(hmm_dev handle, const void *addr, size_t len, struct h
     if (!r)
         r = check_result("hmm_migrate_to_device", res);
     if (!r)
-        r = page_range("hmm_migrate_to_device", addr, len, &start, &end);
+        r = api_page_range("hmm_migrate_to_device", addr, len, &start, &end);
     if (r)
         return r;
     struct hmm_device *dev = device_get(handle);
@@ -178,7 +178,7 @@ int hmm_migrate_to_system(const void *addr, size_t len, struct hmm_migrate_resul
     if (!r)
         r = check_result("hmm_migrate_to_system", res);
     if (!r)
-        r = page_range("hmm_migrate_to_system", addr, len, &start, &end);
+        r = api_page_range("hmm_migrate_to_system", addr, len, &start, &end);
     if (r)
         return r;
     struct mm *mm = manager_use();
@@ -217,7 +217,7 @@ int64_t hmm_range_query(const void *addr, size_t len, struct hmm_page_info *page
     uintptr_t start = 0, end = 0;
     int r = api_enter();
     if (!r)
-        r = page_range("hmm_range_query", addr, len, &start, &end);
+        r = api_page_range("hmm_range_query", addr, len, &start, &end);
     if (r)
         return r;
     size_t n = (end - start) >> os_page_shift();

@@ -31,11 +31,9 @@ static void run_explain(struct call *call)
 }
 
 /* 0 and the description in full, or with message. */
-static int check(const void *addr, size_t len, const struct hmm_pin_desc *desc, struct hmm_pin_desc *full)
+static int check(const struct hmm_pin_desc *desc, struct hmm_pin_desc *full)
 {
     memset(full, 0, sizeof(*full));
-    if (len == 0 || (uintptr_t)addr + len < (uintptr_t)addr || (uintptr_t)addr + len > UINTPTR_MAX - os_page_size())
-        return hmm_fail(-EINVAL, "hmm_pin_range: %zu bytes at %p: nothing, or it wraps around", len, addr);
     if (desc && (desc->size < sizeof(*desc) || desc->size > 4096))
         return hmm_fail(-EINVAL, "hmm_pin_range: set desc->size to sizeof(struct hmm_pin_desc)");
     if (desc && desc->flags & ~(uint32_t)HMM_PIN_WRITE)
@@ -122,20 +120,21 @@ static int pin_pages(struct pin_call *c, const void *owner, hmm_pin *pin)
 int hmm_pin_range(const void *addr, size_t len, const struct hmm_pin_desc *desc, hmm_pin *pin)
 {
     struct hmm_pin_desc full;
+    struct pin_call c = {.at = 0};
     hmm_pin got = 0;
     int r = api_enter();
     if (!r && !pin)
         r = hmm_fail(-EINVAL, "hmm_pin_range: pin is NULL");
     if (!r)
-        r = check(addr, len, desc, &full);
+        r = api_page_range("hmm_pin_range", addr, len, &c.start, &c.end);
+    if (!r)
+        r = check(desc, &full);
     if (r)
         return r;
-    struct mm *mm = manager_use();
-    if (!mm)
+    c.write = full.flags & HMM_PIN_WRITE;
+    c.mm = manager_use();
+    if (!c.mm)
         return hmm_fail(-ENODEV, "hmm_pin_range: no device is open, and nothing is managed");
-    uintptr_t mask = ~(uintptr_t)(os_page_size() - 1), start = (uintptr_t)addr & mask,
-              end = ((uintptr_t)addr + len + ~mask) & mask;
-    struct pin_call c = {.mm = mm, .start = start, .end = end, .write = full.flags & HMM_PIN_WRITE};
     r = pin_pages(&c, full.owner, &got);
     manager_unuse();
     if (!r)
@@ -159,7 +158,6 @@ int hmm_unpin(hmm_pin pin, const void *owner, bool dirty)
 
 bool hmm_may_be_pinned(const void *addr, size_t len)
 {
-    uintptr_t mask = ~(uintptr_t)(os_page_size() - 1), start = (uintptr_t)addr & mask,
-              end = ((uintptr_t)addr + len + ~mask) & mask;
-    return !api_enter() && hold_any(start, end);
+    uintptr_t start, end;
+    return !api_enter() && !api_page_range("hmm_may_be_pinned", addr, len, &start, &end) && hold_any(start, end);
 }
