@@ -1,11 +1,17 @@
 /* SPDX-License-Identifier: MIT */
-/* Reading events otherwise than they came: readers for the table of system calls of live_device.h. */
+/* Reading events otherwise than they came: readers for a test's table of system calls. */
 #ifndef TESTS_UNIT_EVENTS_H
 #define TESTS_UNIT_EVENTS_H
 
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
 #include <string.h>
+#include <unistd.h>
 
-#include "live_device.h"
+#include <cmocka.h>
+
+#include "os/os.h"
 
 static struct {
     uintptr_t start, end; /* start 0: none */

@@ -9,6 +9,7 @@
 #include <sys/wait.h>
 #include <time.h>
 
+#include "events.h"
 #include "maps.h"
 #include "watcher.h"
 
@@ -61,13 +62,6 @@ static int tear_down(void **state)
 static size_t bytes(unsigned pages)
 {
     return pages * page;
-}
-
-static void wait_for(const uint32_t *word, uint32_t value)
-{
-    for (int i = 0; i < 10000 && __atomic_load_n(word, __ATOMIC_SEQ_CST) != value; i++)
-        usleep(1000);
-    assert_int_equal(__atomic_load_n(word, __ATOMIC_SEQ_CST), value);
 }
 
 /* ---- calls of the core, which need a library thread ---- */
@@ -131,34 +125,11 @@ static int watch_core(const void *at, size_t len, unsigned tries)
 
 /* ---- an unmap that a remap overtakes, onto memory whose registration was not proved ---- */
 
-static struct uffd_msg held;
-static uintptr_t hold_start; /* the unmap of this address is held until a remap has been read */
-static uint32_t holding;     /* 1: hold it; 2: held; 3: given */
 static int watched_error;
 
 static int refuse_to_prove(int uffd, uintptr_t start, size_t len)
 {
     return watched_error ? watched_error : os_linux.uffd_watched(uffd, start, len);
-}
-
-static int read_held(int uffd, struct uffd_msg *msgs, unsigned n)
-{
-    int got = os_linux.uffd_read(uffd, msgs, n - 1), kept = 0;
-    bool remap = false;
-    for (int i = 0; i < got; i++) {
-        if (holding == 1 && msgs[i].event == UFFD_EVENT_UNMAP && msgs[i].arg.remove.start == hold_start) {
-            held = msgs[i];
-            __atomic_store_n(&holding, 2, __ATOMIC_SEQ_CST);
-            continue;
-        }
-        remap |= holding == 2 && msgs[i].event == UFFD_EVENT_REMAP;
-        msgs[kept++] = msgs[i];
-    }
-    if (remap) {
-        msgs[kept++] = held;
-        __atomic_store_n(&holding, 3, __ATOMIC_SEQ_CST);
-    }
-    return got < 0 ? got : kept;
 }
 
 static int held_is_pending(int uffd)
@@ -187,12 +158,11 @@ static void what_moves_to_where_nothing_was_proved_stays(void **state)
     live_fill(c, bytes(PAGES), 1);
     uint32_t crc = crc_oracle(c, bytes(PAGES));
     to_device(c, bytes(PAGES));
-    hold_start = (uintptr_t)u;
-    __atomic_store_n(&holding, 1, __ATOMIC_SEQ_CST);
+    hold_unmap_of(u);
     munmap(u, bytes(PAGES));
-    wait_for(&holding, 2);
+    expect_holding(2);
     assert_ptr_equal(mremap(c, bytes(PAGES), bytes(PAGES), MREMAP_MAYMOVE | MREMAP_FIXED, u), u);
-    wait_for(&holding, 3);
+    expect_holding(3);
     assert_int_equal(hmm_audit(), 0);
     assert_int_equal(on_device(u, bytes(PAGES)), PAGES);
     assert_int_equal(crc_oracle(u, bytes(PAGES)), crc);
